@@ -1,0 +1,51 @@
+# Thin targets over scripts/. Defaults live in Python; ARGS="--flag value" passes any flag on.
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+READY := .venv/installed
+endif
+
+# $(call flag,NAME,--name): the flag where the variable is set; flags: a list of words
+flag = $(if $($(1)),$(2) "$($(1))")
+flags = $(if $($(1)),$(2) $($(1)))
+place = $(call flag,DATA_ROOT,--data-root) $(call flag,DEVICE,--device) $(ARGS)
+which = $(call flag,DATASET,--dataset) $(call flag,CATEGORY,--category) $(call flag,SEED,--seed) \
+	$(call flag,EXPERIMENT,--experiment)
+config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
+
+.DEFAULT_GOAL := help
+.PHONY: help train benchmark evaluate predict board test clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
+	@$(PYTHON) scripts/train.py $(config) $(which) $(place)
+
+benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT=
+	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(call flag,EXPERIMENT,--experiment) \
+		$(call flag,DATASET,--dataset) $(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+
+evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
+	@$(PYTHON) scripts/evaluate.py $(which) $(place)
+
+predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv
+	@$(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
+		$(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
+
+board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
+	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"
+
+test: $(READY) ## ruff and pytest
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m pytest
+
+clean: ## remove caches and experiments/local, not the environment
+	rm -rf experiments/local .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,81 @@
+"""The command line that the scripts share: every Config field is a flag with dashes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from ganomaly.config import FIELDS, allowed, checked, is_name, nearest, parse_values, read_text
+from ganomaly.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviated flags; `parse` also returns the Config."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            name = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {unknown[0]!r}; {nearest(name, flags)}")
+        return parsed
+
+    def add_config_flags(self, skip=()) -> None:
+        """--config and one flag a Config field, with dashes."""
+        self.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
+        group = self.add_argument_group("config", "defaults in brackets; some datasets have others")
+        for name, key in FIELDS.items():
+            if name in skip:
+                continue
+            choices = f": {allowed(key)}" if key.metadata["choices"] else ""
+            default = "" if key.default is None else f" [{key.default}]"
+            group.add_argument(
+                "--" + name.replace("_", "-"), metavar=str(key.type).split()[0].upper(),
+                help=key.metadata["help"] + choices + default,
+            )  # fmt: skip
+
+    def given(self, args: argparse.Namespace) -> dict:
+        """The Config values of the command line: --config's, overridden by flags."""
+        values = parse_values(read_text(args.config), args.config) if args.config else {}
+        for name, key in FIELDS.items():
+            text = getattr(args, name, None)
+            if text is not None:
+                values[name] = from_text(key, text)
+        return values
+
+
+def from_text(key: dataclasses.Field, text: str):
+    kind = {"int": int, "float": float}.get(str(key.type), str)
+    try:
+        return kind(text)
+    except ValueError:
+        return checked(key, text)
+
+
+def add_place_flags(parser: argparse.ArgumentParser) -> None:
+    """Where images, experiments and the device are: no part of a config."""
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch mnist or cifar10 if missing")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument(
+        "--experiments-dir", type=Path, default=Path(os.path.relpath(ROOT / "experiments")),
+        metavar="DIR", help="folder of the experiments [experiments]",
+    )  # fmt: skip
+
+
+def experiment_folder(args: argparse.Namespace, name: str) -> Path:
+    if not is_name(name):
+        raise UserError(f"--experiment {name!r} is not a plain folder name")
+    return args.experiments_dir / name

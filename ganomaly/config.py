@@ -1,0 +1,200 @@
+"""Every knob of a run in one flat, frozen, documented dataclass, and its JSON form.
+
+The defaults are the paper recipe. Paths and the device are not part of a config: they are flags
+of the scripts, and no path is ever saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ganomaly.errors import UserError
+
+DATASETS = ("digits", "mnist", "cifar10", "mvtec", "folder")
+SCORES = ("latent", "latent_l1", "contextual", "feature", "latent_whitened")
+
+# What a dataset changes of the defaults below. The small ones follow the paper's protocol: 32 px,
+# and for MNIST and CIFAR-10 the 15 epochs of batch 64 of the released code, as steps.
+DATASET_DEFAULTS: dict[str, dict] = {
+    "digits": dict(category="0", image_size=32, channels=1, width=32, batch_size=32, steps=600),
+    "mnist": dict(image_size=32, channels=1, batch_size=64, steps=11_800),
+    "cifar10": dict(image_size=32, batch_size=64, steps=10_100),
+}
+
+
+def knob(default, help: str, *, low=None, high=None, above=None, below=None, choices=None):
+    limits = dict(low=low, high=high, above=above, below=below, choices=choices)
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Construction checks every value; UserError names the key and what is allowed."""
+
+    dataset: str = knob("mvtec", "where the images come from", choices=DATASETS)
+    category: str | None = knob(
+        None, "what is trained on: MVTec's name, a folder's, or the class that is the anomaly"
+    )
+    image_size: int = knob(
+        64, "side of the square images, pixels; a power of two", low=32, high=1024
+    )
+    channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
+    width: int = knob(64, "channels of the first convolution", low=1, high=1024)
+    latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)
+    extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
+    batch_size: int = knob(16, "images a step", low=1, high=65_536)
+    steps: int = knob(1500, "training steps, the same for every category", low=1, high=10**9)
+    lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
+    beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
+    ema_decay: float = knob(
+        0.99,
+        "decay a step of the running average that is scored; 0 scores the last weights",
+        low=0,
+        below=1,
+    )
+    w_adv: float = knob(1.0, "weight of the adversarial (feature matching) loss", low=0, high=1e6)
+    w_con: float = knob(50.0, "weight of the contextual loss", low=0, high=1e6)
+    w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
+    amp: str = knob(
+        "auto",
+        "training's precision; auto: bf16 where the device has it, else fp16 on CUDA",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    score: str = knob("latent", "the headline anomaly score", choices=SCORES)
+    quantile: float = knob(0.95, "share of normal images under the threshold", above=0, below=1)
+    calibration_fraction: float = knob(
+        0.2, "share of train/good kept out of training for the threshold", above=0, below=1
+    )
+    checkpoint_every: int = knob(500, "steps between checkpoints", low=1, high=10**9)
+    threads: int = knob(
+        1, "CPU threads of the sums, which depend on their number", low=1, high=1024
+    )
+    seed: int = knob(42, "seed of every random draw", low=0, high=2**32 - 1)
+
+    def __post_init__(self):
+        for key in FIELDS.values():
+            object.__setattr__(self, key.name, checked(key, getattr(self, key.name)))
+        if self.image_size & (self.image_size - 1):
+            raise UserError(
+                f"image_size: {self.image_size} is not allowed; "
+                "a power of two is needed: 32, 64, 128, 256, 512 or 1024"
+            )
+        if self.w_adv == self.w_con == self.w_enc == 0:
+            raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
+        if self.category is not None and not is_name(self.category):
+            raise UserError(f"category: {self.category!r} is not a plain folder name")
+
+    def replace(self, **changes) -> Config:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+FIELDS = {key.name: key for key in dataclasses.fields(Config)}
+
+
+def is_name(text: str) -> bool:
+    """Whether text is one folder's name that cannot lead out of its parent."""
+    return text not in ("", ".", "..") and text.isprintable() and not set(text) & set("/\\\0")
+
+
+def allowed(key: dataclasses.Field) -> str:
+    limits = key.metadata
+    if limits["choices"]:
+        return ", ".join(str(choice) for choice in limits["choices"])
+    words = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
+    return " and ".join(f"{words[k]} {limits[k]}" for k in words if limits[k] is not None)
+
+
+def checked(key: dataclasses.Field, value):
+    """The value with its field's type; UserError names field, value and what is allowed."""
+    kind, limits = str(key.type), key.metadata
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    names = {"int": "a whole number", "float": "a number"}
+    types = {"int": int, "float": float}
+    if not (value is None and "None" in kind) and type(value) is not types.get(kind, str):
+        expected = names.get(kind, "text")
+        raise UserError(
+            f"{key.name}: {value!r} is not {expected}; allowed: {allowed(key) or 'any'}"
+        )
+    bad = (
+        (limits["choices"] and value not in limits["choices"])
+        or (type(value) is float and not math.isfinite(value))
+        or (limits["low"] is not None and value < limits["low"])
+        or (limits["high"] is not None and value > limits["high"])
+        or (limits["above"] is not None and value <= limits["above"])
+        or (limits["below"] is not None and value >= limits["below"])
+    )
+    if bad:
+        raise UserError(f"{key.name}: {value!r} is not allowed; allowed: {allowed(key)}")
+    return value
+
+
+def resolve(values: dict) -> Config:
+    """A Config from the values that were given: dataset's defaults fill the rest.
+
+    Without a dataset it is mvtec when a category is given, else the digits.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")
+    # A wrong dataset is Config's to refuse; unhashable ones come from JSON.
+    defaults = DATASET_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {}
+    return Config(**{**defaults, **given})
+
+
+def parse_values(text: str, source) -> dict:
+    """The values of a JSON config; unknown keys are refused with the nearest known one."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not a JSON config: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a config is a JSON object of keys and values")
+    for name in values:
+        if name not in FIELDS:
+            raise UserError(f"{source}: unknown key {name!r}; {nearest(name, FIELDS)}")
+    return values
+
+
+def from_json(text: str, source="config") -> Config:
+    """A Config from JSON text; errors start with the source."""
+    values = parse_values(text, source)
+    try:
+        return resolve(values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def load(path: Path) -> Config:
+    """A Config from a JSON file."""
+    return from_json(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a JSON config: not text") from None
+
+
+def nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
+
+
+def differences(ours: Config, theirs: Config, ignore=("checkpoint_every",)) -> list[str]:
+    """Fields in which two configs differ, as 'name (theirs there, ours asked)'."""
+    return [
+        f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"
+        for name in FIELDS
+        if name not in ignore and getattr(ours, name) != getattr(theirs, name)
+    ]

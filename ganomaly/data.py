@@ -1,0 +1,340 @@
+"""Where images come from: MVTec AD, any folder of its layout, MNIST, CIFAR-10, sklearn's digits.
+
+load(config, ...) returns a Category of uint8 tensors, decoded once and kept in memory. A label
+comes from the name `good`, never from a sort order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from ganomaly.config import Config, nearest
+from ganomaly.errors import UserError
+
+MVTEC = (
+    "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
+    "screw", "tile", "toothbrush", "transistor", "wood", "zipper",
+)  # fmt: skip
+MVTEC_URL = (
+    "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/"
+    "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
+)
+CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TEN = tuple("0123456789")
+CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+AHEAD = 256  # images decoded before they are asked for
+MIN_CALIBRATION = MIN_TRAIN = 10
+
+
+@dataclass(frozen=True)
+class Category:
+    """Images (N, C, S, S) in uint8; test is empty where there was nothing to evaluate on."""
+
+    name: str
+    train: Tensor
+    calibration: Tensor  # normal images that training never sees
+    test: Tensor
+    test_labels: np.ndarray  # (N,) 0 normal, 1 defective
+    test_defects: list[str]  # "good" or the defect's name
+    test_paths: list[str]  # relative to the category's folder
+
+
+def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
+    """The images of one run. UserError where they are missing, unreadable or too few."""
+    root = data_root_of(config.dataset, data_root)
+    if config.dataset in ("mvtec", "folder"):
+        return load_folder(config, root)
+    check_class(config)
+    return load_one_class_out(config, *arrays(config.dataset, root, download))
+
+
+def data_root_of(dataset: str, data_root: Path | None) -> Path:
+    return Path(data_root or ("data/mvtec" if dataset == "mvtec" else "data"))
+
+
+def check_class(config: Config) -> None:
+    known = CLASSES[config.dataset]
+    if config.category is None:
+        raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
+    if config.category not in known:
+        hint = nearest(config.category, known)
+        raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
+
+
+# Folders: MVTec AD's layout
+
+
+def category_name(config: Config, data_root: Path | None) -> str:
+    """The name of a run's category: the root's own name where the root itself is the category."""
+    return config.category or data_root_of(config.dataset, data_root).resolve().name
+
+
+def category_folder(config: Config, data_root: Path | None) -> Path:
+    """The category's folder; UserError where it has no train/good."""
+    root = data_root_of(config.dataset, data_root)
+    if config.dataset == "mvtec":
+        check_class(config)
+    folder = root / config.category if config.category else root
+    good = folder / "train" / "good"
+    if good.is_dir():
+        return folder
+    if config.dataset == "mvtec":
+        mend = (
+            "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0) with: "
+            f"mkdir -p {root} && curl -L {MVTEC_URL} | tar -xJ -C {root}"
+        )
+    else:
+        mend = "put images of good parts there, or name another folder with --data-root"
+    there = sorted(p.parent.parent.name for p in root.glob("*/train/good"))
+    also = f"; categories there: {', '.join(there)}" if there else ""
+    raise UserError(f"no folder {good}{also}; {mend}")
+
+
+def categories_of(config: Config, data_root: Path | None) -> list[str]:
+    """All categories of a data set; those of a folder are its sub-folders with a train/good."""
+    if config.dataset != "folder":
+        return list(CLASSES[config.dataset])
+    root = data_root_of(config.dataset, data_root)
+    found = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
+    if not found:
+        raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
+    return found
+
+
+def missing_categories(config: Config, names: list[str], data_root: Path | None) -> dict[str, str]:
+    """Those of the categories whose folder is not there, with the reason."""
+    missing = {}
+    for name in names if config.dataset in ("mvtec", "folder") else ():
+        try:
+            category_folder(config.replace(category=name), data_root)
+        except UserError as error:
+            missing[name] = str(error)
+    return missing
+
+
+def image_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def load_folder(config: Config, root: Path) -> Category:
+    folder = category_folder(config, root)
+    train = image_files(folder / "train" / "good")
+    check_train_size(len(train), config, folder / "train" / "good")
+    test = []
+    if (folder / "test").is_dir():
+        for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
+            test += [(path, sub.name) for path in image_files(sub)]
+        for kind, found in (
+            ("images in test/good", any(defect == "good" for _, defect in test)),
+            ("defective images in test/<defect>", any(defect != "good" for _, defect in test)),
+        ):
+            if not found:
+                raise UserError(
+                    f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
+                    "add some, or take test/ away to train and calibrate only"
+                )
+    paths = train + [path for path, _ in test]
+    pixels = read_images(paths, config.image_size, config.channels)
+    kept, held_out = split_calibration(len(train), config)
+    return Category(
+        name=category_name(config, root),
+        train=pixels[kept],
+        calibration=pixels[held_out],
+        test=pixels[len(train) :],
+        test_labels=np.array([int(defect != "good") for _, defect in test], dtype=np.int64),
+        test_defects=[defect for _, defect in test],
+        test_paths=[path.relative_to(folder).as_posix() for path, _ in test],
+    )
+
+
+def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+        image = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
+        image = image.convert("RGBA")
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
+    """uint8 (C, S, S), or the reason why the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return to_pixels(image, image_size, channels)
+    except Image.UnidentifiedImageError:
+        return "empty file" if path.stat().st_size == 0 else "not an image"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
+def decode(paths: list[Path], image_size: int, channels: int):
+    """Yield read_image of every path, in order, decoded by threads a little ahead of the reader."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: deque = deque()
+        try:
+            for path in paths:
+                waiting.append(pool.submit(read_image, path, image_size, channels))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
+    """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
+    pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
+    bad = []
+    results = decode(paths, image_size, channels)
+    for i, result in enumerate(
+        tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
+    ):
+        if isinstance(result, str):
+            bad.append(f"{paths[i]} ({result})")
+        else:
+            pixels[i] = torch.from_numpy(np.array(result))
+    if bad:
+        count = "1 image" if len(bad) == 1 else f"{len(bad)} images"
+        raise UserError(f"{count} cannot be read, mend or remove: {', '.join(bad)}")
+    return pixels
+
+
+# One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)
+
+
+def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """Images (h, w) or (h, w, 3) in uint8 and their class numbers, train and test pooled."""
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return list(np.rint(digits.images * 255 / 16).astype(np.uint8)), digits.target
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
+    try:
+        parts = [kind(root, train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
+        mend = str(error).splitlines()[0] if download else "--download fetches it"
+        raise UserError(f"no {dataset} in {folder}; {mend}") from None
+    images = [np.asarray(image) for part in parts for image in part.data]
+    return images, np.concatenate([np.asarray(part.targets) for part in parts])
+
+
+def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.ndarray) -> Category:
+    """The other nine classes are normal, split 80/20 by the seed; the anomalies are all tested."""
+    names = CLASSES[config.dataset]
+    anomaly = names.index(config.category)
+    normal = torch.from_numpy(np.flatnonzero(classes != anomaly))
+    shuffled = normal[torch.randperm(len(normal), generator=seeded(config))]
+    n_train = round(0.8 * len(normal))
+    check_train_size(n_train, config, config.dataset)
+    train, test_good = shuffled[:n_train].sort().values, shuffled[n_train:].sort().values
+    test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
+    pixels = torch.from_numpy(
+        np.stack(
+            [to_pixels(Image.fromarray(a), config.image_size, config.channels) for a in images]
+        )
+    )
+    kept, held_out = split_calibration(n_train, config)
+    labels = (classes[test] == anomaly).astype(np.int64)
+    return Category(
+        name=config.category,
+        train=pixels[train[kept]],
+        calibration=pixels[train[held_out]],
+        test=pixels[torch.from_numpy(test)],
+        test_labels=labels,
+        test_defects=[names[anomaly] if label else "good" for label in labels],
+        test_paths=[f"{names[classes[i]]}/{i:05d}" for i in test],
+    )
+
+
+# Calibration split, device, batches
+
+
+def seeded(config: Config) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed)
+
+
+def calibration_size(n: int, config: Config) -> int:
+    return max(MIN_CALIBRATION, round(config.calibration_fraction * n))
+
+
+def check_train_size(n: int, config: Config, where) -> None:
+    held_out = calibration_size(n, config)
+    if n - held_out < MIN_TRAIN:
+        raise UserError(
+            f"{where}: {n} training images; calibration takes {held_out} and training needs "
+            f"{MIN_TRAIN}: add images or lower --calibration-fraction"
+        )
+
+
+def split_calibration(n: int, config: Config) -> tuple[Tensor, Tensor]:
+    """Indices of 0..n-1 to train on and to calibrate with, drawn by the seed, each sorted."""
+    order = torch.randperm(n, generator=seeded(config))
+    held_out = calibration_size(n, config)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """On the device where they take at most half of its free memory, else left on the host."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return images
+    return images.to(device)
+
+
+def to_input(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last."""
+    x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+    return x.div_(127.5).sub_(1.0)
+
+
+class Batches:
+    """Endless stream of shuffled passes over the images, cut into equal pieces.
+
+    No image is left out of a pass, and a set smaller than a batch fills it from several passes.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, rng: torch.Generator):
+        self.images, self.batch_size, self.rng = images, batch_size, rng
+        self.order = torch.empty(0, dtype=torch.long, device=images.device)
+
+    def next(self) -> Tensor:
+        """uint8 (batch_size, C, S, S), drawn by index where the images are."""
+        while len(self.order) < self.batch_size:
+            again = torch.randperm(len(self.images), generator=self.rng)
+            self.order = torch.cat([self.order, again.to(self.images.device)])
+        picked, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
+        return self.images[picked]
+
+    def state_dict(self) -> dict:
+        return {"rng": self.rng.get_state(), "order": self.order.cpu().clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.set_state(state["rng"].cpu())
+        self.order = state["order"].to(self.images.device)

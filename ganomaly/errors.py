@@ -1,0 +1,56 @@
+"""Errors for users: one clear line and an exit code; a traceback is for our bugs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the path or key, and the mend."""
+
+
+def describe(error: BaseException) -> str | None:
+    """One line for an error that is not ours to fix, None for a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        mend = {
+            errno.ENOSPC: "free some space, then the same command goes on",
+            errno.EDQUOT: "free some space, then the same command goes on",
+            errno.EACCES: "check who may read and write there",
+            errno.EPERM: "check who may read and write there",
+            errno.EROFS: "choose a folder that can be written to",
+        }.get(error.errno, "")
+        return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")
+    # By name, so that nobody pays for importing torch to hear of a wrong flag.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: halve --batch-size, or lower --image-size or --width"
+    return None
+
+
+def guard(main, argv: list[str] | None = None) -> int:
+    """Run a script's main(argv); returns its exit code.
+
+    0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C.
+    """
+    try:
+        return main(argv) or 0
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: what was finished is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone; keep the interpreter from flushing into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except Exception as error:
+        line = describe(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2

@@ -1,0 +1,51 @@
+"""The paper's losses (arXiv 1805.06725, section 3.3), each headed by its formula.
+
+All take any floating type and return a float32 scalar (float64 for float64 inputs): sums over
+thousands of pixels are not left to half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def adversarial(f: Tensor, f_hat: Tensor) -> Tensor:
+    """L_adv = mean (f(x) - f(x_hat))^2   (eq. 1; the mean square of the released code)
+
+    f, f_hat: the discriminator's features (B, K, 4, 4) of x and x_hat.
+    """
+    return F.mse_loss(full(f_hat), full(f))
+
+
+def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
+    """L_con = mean |x - x_hat|   (eq. 2)
+
+    x, x_hat: images (B, C, S, S) in [-1, 1].
+    """
+    return F.l1_loss(full(x_hat), full(x))
+
+
+def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
+    """L_enc = mean (z - z_hat)^2   (eq. 3; the mean square of the released code)
+
+    z, z_hat: latents (B, latent_dim).
+    """
+    return F.mse_loss(full(z_hat), full(z))
+
+
+def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """L_D = 0.5 (BCE(D(x), 1) + BCE(D(x_hat), 0))   (the released code), on logits
+
+    real, fake: logits (B,) of x and of x_hat.
+    """
+    real, fake = full(real), full(fake)
+    return 0.5 * (
+        F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
+        + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
+    )

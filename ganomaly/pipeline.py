@@ -1,0 +1,212 @@
+"""One run from end to end: load, train, calibrate, score, evaluate, write."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import sklearn  # noqa: F401  BLAS must be loaded before its threads can be limited
+import torch
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from ganomaly import data, experiment
+from ganomaly.cli import ROOT
+from ganomaly.config import Config
+from ganomaly.data import Category
+from ganomaly.errors import UserError
+from ganomaly.experiment import Run
+from ganomaly.scoring import SCORES, Detector, calibrate
+from ganomaly.training import train
+
+CALIBRATED = (*SCORES, "latent_whitened")
+
+
+def use_device(name: str) -> torch.device:
+    """auto: CUDA where there is one, else the CPU. UserError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    return device
+
+
+def use_threads(n: int) -> None:
+    """PyTorch's and BLAS's threads: sums, and so results, depend on their number."""
+    torch.set_num_threads(n)
+    threadpool_limits(n, user_api="blas")
+
+
+def run_one(
+    config: Config,
+    folder: Path,
+    data_root: Path | None,
+    device: torch.device,
+    *,
+    force: bool = False,
+    download: bool = False,
+    progress: tqdm | None = None,
+) -> tuple[dict, bool]:
+    """Train and evaluate one config into the experiment's folder.
+
+    Returns its metrics and whether there was anything to do: a finished run is left as it is
+    unless `force`, an unfinished one goes on from its checkpoint.
+    """
+    use_threads(config.threads)
+    origin = provenance(device, config)
+    run = Run(folder, data.category_name(config, data_root), config)
+    experiment.check_recipe(folder, config)
+    if not force:
+        run.check()
+        if run.finished:
+            experiment.write_results(folder)
+            if progress is not None:
+                progress.update(config.steps)
+            return experiment.read_metrics(run.path("metrics.json")), False
+    category = data.load(config, data_root, download)
+    experiment.write_recipe(folder, config)
+    run.begin(anew=force)
+    run.preview_images = category.calibration[:8]
+    own = tqdm(total=config.steps, desc=run.name, unit="step", disable=None)
+    run.progress = own if progress is None else progress
+    try:
+        trained = train(config, category.train, device, run)
+        own.close()
+        detector = Detector(trained.generator, trained.discriminator, config, device)
+        detector.calibration = calibrate(detector.raw(category.calibration), config.seed)
+        experiment.write_torch(run.path("model.pt"), detector.state())
+        write_samples(run, detector, category)
+        training = {
+            "train_seconds": round(trained.seconds, 2),
+            "images_per_second": round(trained.images_per_second, 1),
+            "provenance": origin,
+        }
+        metrics = assess(run, detector, category, training)
+    finally:
+        own.close()
+        run.close()
+    return metrics, True
+
+
+def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
+    """Score the test images; write scores.csv, metrics.json and the experiment's tables."""
+    scores = {name: torch.empty(0) for name in CALIBRATED}
+    labels = category.test_labels
+    if len(labels):
+        scores = detector.scores(category.test)
+    for name, values in scores.items():
+        if not values.isfinite().all():
+            raise UserError(f"{run.folder}: score {name} is not finite; lower --lr and --force")
+    run.write_scores(category, scores)
+    if run.board is not None:
+        run.write_histograms(labels, scores, detector.calibration.scores)
+    metrics = {
+        "category": category.name,
+        "dataset": detector.config.dataset,
+        "seed": detector.config.seed,
+        "score": detector.config.score,
+        **figures(detector, category, scores),
+        "n_train": len(category.train),
+        "n_calibration": len(category.calibration),
+        "n_test_good": int((labels == 0).sum()),
+        "n_test_defective": int(labels.sum()),
+        **training,
+    }
+    experiment.write_json(run.path("metrics.json"), metrics)
+    experiment.write_results(run.folder.parent.parent)
+    return metrics
+
+
+def figures(detector: Detector, category: Category, scores: dict) -> dict:
+    """The evaluated figures, null where there are no test images."""
+    from ganomaly import metrics
+    from ganomaly.results import FIGURES
+
+    threshold, labels = detector.threshold(), category.test_labels
+    if not len(labels):
+        figures = dict.fromkeys(FIGURES)
+        return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
+    as_numpy = {name: values.numpy() for name, values in scores.items()}
+    each = {name: metrics.evaluate(labels, s, threshold)["auroc"] for name, s in as_numpy.items()}
+    return {
+        **metrics.evaluate(labels, as_numpy[detector.config.score], threshold),
+        "threshold": threshold,
+        **metrics.controls(category.train.numpy(), category.test.numpy(), labels),
+        "scores": each,
+    }
+
+
+def write_samples(run: Run, detector: Detector, category: Category) -> None:
+    pixels = category.calibration[:8]
+    if len(category.test_labels):
+        pixels = category.test[torch.from_numpy(experiment.samples_of(category.test_labels))]
+    o = detector.outputs(pixels)
+    run.write_samples(o.x, o.x_hat)
+
+
+# Provenance
+
+
+def provenance(device: torch.device, config: Config) -> dict:
+    """Where a run's figures came from; no path of the machine is among it."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": cpu_name(),
+        "threads": config.threads,
+        "commit": commit(),
+        "command": command(sys.argv),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit() -> str | None:
+    """HEAD when this process began, with +changes where its code differs; None outside of git."""
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "ganomaly", "scripts", "requirements.txt")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def command(argv: list[str]) -> str:
+    """The command line with the paths of this machine left out."""
+    words = ["python", f"scripts/{Path(argv[0]).name}"]
+    for before, word in zip(argv, argv[1:]):
+        flag, equals, value = word.rpartition("=")
+        if before == "--data-root" or flag == "--data-root":
+            words.append(flag + equals + "DATA_ROOT")
+        elif Path(value).is_absolute() or ".." in Path(value).parts:
+            words.append(flag + equals + Path(value).name)
+        else:
+            words.append(word)
+    return " ".join(words)

@@ -1,0 +1,156 @@
+"""Tables of an experiment, from the metrics of its runs; the text of one run for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+
+from ganomaly.data import CLASSES, MVTEC
+from ganomaly.published import PUBLISHED
+
+FIGURES = (
+    "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
+    "auroc_brightness", "auroc_mean_distance", "auroc_pca",
+)  # fmt: skip
+COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
+TIMES = ("train_seconds", "images_per_second")
+PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
+
+
+def flat(metrics: dict) -> dict:
+    """One level: scores become auroc_<name>, provenance its keys."""
+    scores = {f"auroc_{name}": value for name, value in metrics["scores"].items()}
+    return {**metrics, **scores, **metrics["provenance"]}
+
+
+def score_columns(rows: list[dict]) -> list[str]:
+    return [f"auroc_{name}" for name in dict.fromkeys(n for row in rows for n in row["scores"])]
+
+
+def mean_rows(rows: list[dict]) -> list[dict]:
+    """A mean a seed over the evaluated categories, with and without screw.
+
+    Named Mean only over a data set's whole list of categories, else `Mean of k`; none over runs
+    of several data sets or headline scores.
+    """
+    rows = [row for row in rows if row["auroc"] is not None]
+    if len({(row["dataset"], row["score"]) for row in rows}) != 1:
+        return []
+    means = []
+    for seed in sorted({row["seed"] for row in rows}):
+        of_seed = [row for row in rows if row["seed"] == seed]
+        names = {row["category"] for row in of_seed}
+        whole = names == set(CLASSES.get(of_seed[0]["dataset"], MVTEC))
+        means.append(mean_row("Mean" if whole else f"Mean of {len(names)}", of_seed))
+        rest = [row for row in of_seed if row["category"] != "screw"]
+        if rest and len(rest) < len(of_seed):
+            name = "Mean without screw" if whole else f"Mean of {len(rest)} without screw"
+            means.append(mean_row(name, rest))
+    return means
+
+
+def mean_row(name: str, rows: list[dict]) -> dict:
+    means = {
+        key: statistics.fmean(row[key] for row in rows) for key in (*FIGURES, *score_columns(rows))
+    }
+    first = rows[0]
+    same = {key: first[key] for key in ("dataset", "score", "seed", "scores")}
+    return {"category": name, **same, **means}
+
+
+def results_csv(runs: list[dict]) -> str:
+    """A row a run, then the means; figures to six digits."""
+    rows = [flat(run) for run in runs]
+    columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
+    columns += [*FIGURES[2:], *score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows + mean_rows(rows):
+        values = (row.get(column) for column in columns)
+        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
+    return text.getvalue()
+
+
+def results_md(name: str, runs: list[dict]) -> str:
+    """The table for people: mean +- standard deviation over seeds, published figures beside."""
+    rows = [flat(run) for run in runs]
+    evaluated = [row for row in rows if row["auroc"] is not None]
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    lines = [f"# {name}", ""]
+    if len(evaluated) < len(rows):
+        left_out = [row["category"] for row in rows if row["auroc"] is None]
+        lines += [f"Trained and calibrated, nothing to evaluate: {', '.join(left_out)}.", ""]
+    if not evaluated:
+        return "\n".join(lines)
+    means = mean_rows(rows)
+    shown = evaluated + [row for row in means if row["category"] != "Mean of 1"]
+    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if means else {}
+    columns = {
+        "AUROC": "auroc",
+        "F1": "f1",
+        "F1-max (oracle)": "f1_max",
+        "F1, all called defective": "f1_trivial",
+        "AUROC of brightness": "auroc_brightness",
+        "of distance to the mean image": "auroc_mean_distance",
+        "of PCA-40 residual": "auroc_pca",
+    }
+    lines += [
+        f"Score {', '.join(sorted({row['score'] for row in evaluated}))}; seeds {seeds}; mean ± "
+        "standard deviation over seeds. F1 is at the threshold that held-out normal images set; "
+        "F1-max, an oracle, picks the threshold on the test set.",
+        "",
+        *table({**columns, **{key: None for key in published}}, shown, published),
+        "",
+        "AUROC of every score of the same networks:",
+        "",
+        *table({c.removeprefix("auroc_"): c for c in score_columns(evaluated)}, shown, {}),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(columns: dict, rows: list[dict], published: dict) -> list[str]:
+    lines = ["| category | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for category in dict.fromkeys(row["category"] for row in rows):
+        cells = []
+        for title, key in columns.items():
+            if key is None:
+                figure = published[title].get(category)
+                cells.append("" if figure is None else f"{figure:.3f}")
+            else:
+                values = [r[key] for r in rows if r["category"] == category and key in r]
+                cells.append(spread(values))
+        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}" if values else ""
+
+
+def summary(m: dict) -> str:
+    """The results row of one run, for a terminal."""
+    head = f"{m['category']} seed {m['seed']}: {m['n_train']} images trained on, " + (
+        f"{m['n_calibration']} to calibrate"
+    )
+    if m["auroc"] is None:
+        share = f"threshold {m['threshold']:.6g} of score {m['score']}"
+        return f"{head}; {share}; no test/, so nothing could be evaluated"
+    others = "  ".join(f"{name} {value:.4f}" for name, value in m["scores"].items())
+    return "\n".join(
+        (
+            f"{head}, {m['n_test_good']} good and {m['n_test_defective']} defective tested",
+            f"  AUROC     {m['auroc']:.4f} ({m['score']}), average precision "
+            f"{m['average_precision']:.4f}",
+            f"  verdicts  F1 {m['f1']:.4f}, precision {m['precision']:.4f}, recall "
+            f"{m['recall']:.4f}, accuracy {m['accuracy']:.4f} at threshold {m['threshold']:.6g}",
+            f"  beside    F1-max {m['f1_max']:.4f} (an oracle), F1 of calling all defective "
+            f"{m['f1_trivial']:.4f}",
+            f"  controls  AUROC of brightness {m['auroc_brightness']:.4f}, of distance to the mean "
+            f"image {m['auroc_mean_distance']:.4f}, of PCA-40 {m['auroc_pca']:.4f}",
+            f"  scores    AUROC {others}",
+        )
+    )

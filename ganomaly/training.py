@@ -1,0 +1,155 @@
+"""train(): the alternating updates of GANomaly as one linear function.
+
+Knows nothing of folders: `run` takes log records and checkpoints, and shows progress.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ganomaly import losses
+from ganomaly.config import Config
+from ganomaly.data import Batches, to_device, to_input
+from ganomaly.errors import UserError
+from ganomaly.networks import Discriminator, Generator, build, initialise
+
+TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
+NAMES = ("discriminator", "adversarial", "contextual", "encoder", "generator")
+
+
+@dataclass
+class Trained:
+    generator: Generator  # the running average
+    discriminator: Discriminator  # its last weights
+    seconds: float  # of training, checkpoints left out
+    images_per_second: float
+
+
+def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
+    """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
+
+    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one, run.log(record)
+    takes the mean losses of a tick, run.progress is a tqdm. Raises UserError when a loss is not
+    finite; the last checkpoint stays.
+    """
+    # Networks, optimisers, data: one random stream for initialisation and batches
+    rng = torch.Generator().manual_seed(config.seed)
+    generator, discriminator = build(config)
+    for network in (generator, discriminator):
+        initialise(network, rng)
+        network.to(device, memory_format=torch.channels_last).train()
+    average = copy.deepcopy(generator).requires_grad_(False)
+    adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    amp = amp_dtype(config.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
+    batches = Batches(to_device(images, device), config.batch_size, rng)
+    sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
+    step, seconds = 0, 0.0
+    parts = dict(
+        generator=generator, discriminator=discriminator, average=average, scaler=scaler,
+        optimizer_g=optimizer_g, optimizer_d=optimizer_d, batches=batches,
+    )  # fmt: skip
+
+    # Go on from a checkpoint, exactly
+    if (state := run.load()) is not None:
+        if state["images"] != fingerprint:
+            raise UserError("the training images changed since the checkpoint; --force starts anew")
+        for name, part in parts.items():
+            if state[name]:  # empty: a scaler that was not needed
+                part.load_state_dict(state[name])
+        sums.copy_(state["sums"])
+        step, seconds = state["step"], state["seconds"]
+        run.progress.update(step)
+
+    start = time.perf_counter()
+    while step < config.steps:
+        x = to_input(batches.next(), device)  # (B, C, S, S)
+
+        # One pass of the generator serves both steps: its BatchNorm statistics move once. Each
+        # step has its own autocast context, since a context keeps the weights it has cast.
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            z, x_hat, z_hat = generator(x)
+
+        # D step
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            real, _ = discriminator(x)
+            fake, _ = discriminator(x_hat.detach())
+        loss_d = losses.discriminator(real, fake)
+        optimizer_d.zero_grad()
+        scaler.scale(loss_d).backward()
+        scaler.step(optimizer_d)
+
+        # G step, against the updated discriminator, which takes no gradient
+        discriminator.requires_grad_(False)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            _, f = discriminator(x)
+            _, f_hat = discriminator(x_hat)
+        adversarial = losses.adversarial(f, f_hat)
+        contextual = losses.contextual(x, x_hat)
+        encoder = losses.encoder(z, z_hat)
+        loss_g = config.w_adv * adversarial + config.w_con * contextual + config.w_enc * encoder
+        optimizer_g.zero_grad()
+        scaler.scale(loss_g).backward()
+        scaler.step(optimizer_g)
+        discriminator.requires_grad_(True)
+        scaler.update()
+
+        # Running average; a short run is not scored on its initialisation
+        step += 1
+        update_average(average, generator, min(config.ema_decay, step / (step + 10)))
+        sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g]).detach()
+
+        tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps
+        if tick or save:
+            since = (step - 1) % TICK + 1
+            means = dict(zip(NAMES, (sums / since).tolist()))
+            if not all(math.isfinite(value) for value in means.values()):
+                bad = ", ".join(f"{k} {v:g}" for k, v in means.items() if not math.isfinite(v))
+                raise UserError(
+                    f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
+                    "the last checkpoint is kept"
+                )
+            elapsed = seconds + time.perf_counter() - start
+            speed = step * config.batch_size / elapsed
+        if tick:
+            run.log({"step": step, **means, "images_per_second": speed})
+            sums.zero_()
+        run.progress.update()
+        if save:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            run.save(
+                {**state, "images": fingerprint, "sums": sums, "step": step, "seconds": elapsed}
+            )
+            run.preview(step, average)
+            seconds, start = elapsed, time.perf_counter()
+
+    return Trained(average, discriminator, seconds, config.steps * config.batch_size / seconds)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) model: parameters, BatchNorm statistics."""
+    pairs = zip(average.state_dict().values(), model.state_dict().values())
+    old, new = zip(*((a, m) for a, m in pairs if a.is_floating_point()))
+    torch._foreach_lerp_(old, new, 1 - decay)
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type of autocast on this device; None is float32 throughout."""
+    if amp == "auto":
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if bf16 else torch.float16
+        cpu_has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if cpu_has else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]

@@ -1,0 +1,103 @@
+"""Train and evaluate one recipe over many categories and seeds; write one table.
+
+The recipe is experiments/<recipe>/config.json, or --config FILE; flags change it. Finished runs
+are left alone, unfinished ones go on. A category that fails is told at the end, the others are
+done, and the exit code is 1.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly.cli import ROOT, Parser, add_place_flags, experiment_folder
+from ganomaly.config import Config, is_name, parse_values, read_text, resolve
+from ganomaly.errors import UserError, describe, guard
+
+
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--recipe", default="paper", metavar="NAME", help="experiment [paper]")
+    parser.add_argument("--experiment", metavar="NAME", help="folder to write to [the recipe's]")
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
+    parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
+    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
+    add_place_flags(parser)
+    parser.add_config_flags()
+    args = parser.parse_args(argv)
+    folder = experiment_folder(args, args.experiment or args.recipe)
+    values = recipe_values(parser, args)
+    base = resolve({**values, "category": None})
+
+    from tqdm import tqdm
+
+    from ganomaly import data, experiment, pipeline
+
+    categories = args.categories or data.categories_of(base, args.data_root)
+    missing = data.missing_categories(base, categories, args.data_root)
+    if missing and not args.skip_missing:
+        raise UserError(
+            f"data of {len(missing)} of {len(categories)} categories is missing "
+            f"({', '.join(missing)}), nothing was trained; --skip-missing does the others. "
+            f"The first: {next(iter(missing.values()))}"
+        )
+    categories = [name for name in categories if name not in missing]
+    jobs: list[Config] = [
+        base.replace(category=category, seed=seed)
+        for seed in args.seeds or [base.seed]
+        for category in categories
+    ]
+    if not jobs:
+        raise UserError("no category left to do: all their data is missing")
+    experiment.check_recipe(folder, base)
+    device = pipeline.use_device(args.device)
+
+    failed = {}
+    with tqdm(total=len(jobs) * base.steps, unit="step", disable=None) as bar:
+        for number, config in enumerate(jobs, 1):
+            name = f"{config.category} seed {config.seed}"
+            bar.set_description(f"{number}/{len(jobs)} {name}")
+            try:
+                metrics, trained = pipeline.run_one(
+                    config, folder, args.data_root, device,
+                    force=args.force, download=args.download, progress=bar,
+                )  # fmt: skip
+                line = "nothing to evaluate"
+                if metrics["auroc"] is not None:
+                    line = f"AUROC {metrics['auroc']:.4f}, F1 {metrics['f1']:.4f}, " + (
+                        f"PCA-40 {metrics['auroc_pca']:.4f}"
+                    )
+                bar.write(f"{name}: {line}" + ("" if trained else " (done before)"))
+            except Exception as error:
+                failed[name] = describe(error)
+                if failed[name] is None:  # a bug of ours: show it whole
+                    traceback.print_exc()
+                    failed[name] = f"{type(error).__name__}: {error}"
+            bar.n = bar.last_print_n = number * base.steps  # also where a run stopped half way
+            bar.refresh()
+
+    if (table := folder / "results.md").is_file():
+        print(table.read_text(encoding="utf-8"))
+    for name in missing:
+        print(f"skipped {name}: {missing[name]}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"failed {name}: {reason}", file=sys.stderr)
+    return 1 if failed or missing else 0
+
+
+def recipe_values(parser: Parser, args) -> dict:
+    """The recipe's values, then --config's or the flags' over them."""
+    values = {}
+    if args.config is None:
+        path = ROOT / "experiments" / args.recipe / "config.json"
+        if not is_name(args.recipe) or not path.is_file():
+            there = sorted(p.parent.name for p in path.parent.parent.glob("*/config.json"))
+            raise UserError(f"--recipe {args.recipe}: no such recipe; there: {', '.join(there)}")
+        values = parse_values(read_text(path), path)
+    return {**values, **parser.given(args)}
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,47 @@
+"""Score a finished run again from its model.pt and rewrite its numbers (identical ones).
+
+The run is found by --experiment, --category and --seed; it keeps its own config, and other config
+flags are refused where they differ from it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly.cli import Parser, add_place_flags, experiment_folder
+from ganomaly.config import resolve
+from ganomaly.errors import UserError, guard
+
+
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
+    add_place_flags(parser)
+    parser.add_config_flags()
+    args = parser.parse_args(argv)
+    given = parser.given(args)
+    asked = resolve(given)
+    folder = experiment_folder(args, args.experiment)
+
+    from ganomaly import data, experiment, pipeline, results, scoring
+
+    run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
+    if not run.finished:
+        raise UserError(f"{run.folder}: no finished run there; make train makes one")
+    before = experiment.read_metrics(run.path("metrics.json"))
+    detector = scoring.load_detector(run.path("model.pt"), pipeline.use_device(args.device))
+    config = detector.config
+    for name, value in given.items():
+        if value is not None and value != getattr(config, name):
+            raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
+    pipeline.use_threads(config.threads)
+    category = data.load(config, args.data_root, args.download)
+    training = {key: before[key] for key in (*results.TIMES, "provenance")}
+    metrics = pipeline.assess(run, detector, category, training)
+    print(results.summary(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

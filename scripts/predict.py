@@ -1,0 +1,107 @@
+"""Score images with a trained model: CSV with path, score, threshold and verdict.
+
+An image is called defective when its score is above the threshold, which held-out normal images
+set at training. An image that cannot be read is a row with the reason, and the exit code is 1.
+"""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly.cli import Parser
+from ganomaly.errors import UserError, guard
+
+
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, nargs="+", metavar="PATH", help="images or folders"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="[standard output]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    args = parser.parse_args(argv)
+
+    from ganomaly import pipeline, scoring
+
+    detector = scoring.load_detector(args.model, pipeline.use_device(args.device))
+    pipeline.use_threads(detector.config.threads)
+    paths = find_images(args.images)
+    threshold = detector.threshold()
+
+    text = io.StringIO() if args.output else sys.stdout
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "score", "threshold", "verdict"])
+    counts = {"normal": 0, "defective": 0, "unreadable": 0}
+    for path, result in scored(detector, paths):
+        if isinstance(result, str):
+            counts["unreadable"] += 1
+            writer.writerow([path, "", f"{threshold:.9g}", f"unreadable: {result}"])
+        else:
+            verdict = "defective" if result > threshold else "normal"
+            counts[verdict] += 1
+            writer.writerow([path, f"{result:.9g}", f"{threshold:.9g}", verdict])
+    if args.output:
+        from ganomaly.experiment import write_atomic
+
+        write_atomic(args.output, text.getvalue())
+    config = detector.config
+    print(
+        f"{len(paths)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; the "
+        f"threshold of score {config.score} holds {config.quantile:.4g} of normal images",
+        file=sys.stderr,
+    )
+    return 1 if counts["unreadable"] else 0
+
+
+def find_images(inputs: list[Path]) -> list[Path]:
+    """Files as given, and the images in folders and their sub-folders, sorted in each."""
+    from ganomaly.data import SUFFIXES
+
+    paths = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = [p for p in inside if p.is_file() and not p.name.startswith(".")]
+            if not inside:
+                raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+            paths += inside
+        elif path.exists():
+            paths.append(path)
+        else:
+            raise UserError(f"{path}: no such image or folder")
+    return paths
+
+
+def scored(detector, paths: list[Path]):
+    """Yield every path with its headline score, or with the reason why it cannot be read."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from ganomaly.data import decode
+    from ganomaly.scoring import BATCH
+
+    config = detector.config
+    results = decode(paths, config.image_size, config.channels)
+    batch = []
+    for path, pixels in tqdm(zip(paths, results), "scoring", len(paths), leave=False, disable=None):
+        batch.append((path, pixels))
+        if len(batch) < BATCH and path is not paths[-1]:
+            continue
+        readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        if readable:
+            images = torch.from_numpy(np.stack(readable))
+            scores = iter(detector.scores(images)[config.score].tolist())
+        for path, pixels in batch:
+            yield path, pixels if isinstance(pixels, str) else next(scores)
+        batch = []
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
