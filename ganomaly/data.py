@@ -175,8 +175,8 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    pixels = np.array(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
@@ -216,7 +216,7 @@ def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
         if isinstance(result, str):
             bad.append(f"{paths[i]} ({result})")
         else:
-            pixels[i] = torch.from_numpy(np.array(result))
+            pixels[i] = torch.from_numpy(result)
     if bad:
         count = "1 image" if len(bad) == 1 else f"{len(bad)} images"
         raise UserError(f"{count} cannot be read, mend or remove: {', '.join(bad)}")
@@ -287,6 +287,8 @@ def calibration_size(n: int, config: Config) -> int:
 
 def check_train_size(n: int, config: Config, where) -> None:
     held_out = calibration_size(n, config)
+    if n == 0:
+        raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
         raise UserError(
             f"{where}: {n} training images; calibration takes {held_out} and training needs "

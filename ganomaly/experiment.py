@@ -7,6 +7,7 @@ are both there.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -28,11 +29,21 @@ SCRATCH = "local"  # the experiment of make train: runs of any config, ignored b
 SEED = 42  # of a recipe's config.json
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """A write that fails, on a full disk for one, says no file: say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -102,8 +113,9 @@ class Run:
         """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
         path, state = self.path("last.pt"), None
         if path.is_file():
+            content = path.read_bytes()
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except Exception:  # whatever a damaged archive makes torch.load raise
                 aside = path.with_name("last.damaged.pt")
                 os.replace(path, aside)
@@ -124,7 +136,8 @@ class Run:
 
     def log(self, record: dict) -> None:
         step = record["step"]
-        with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
+        path = self.path("log.jsonl")
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for key in record.keys() - {"step"}:
             group = "speed" if key == "images_per_second" else "loss"

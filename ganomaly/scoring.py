@@ -6,7 +6,9 @@ mates nor order, and scoring changes no buffer.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -166,17 +168,17 @@ class Detector:
 def load_detector(path, device: torch.device) -> Detector:
     """The detector in a model.pt; UserError where the file is not one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such model; make train writes model.pt files") from None
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         config = configuration.from_json(state["config"])
         generator, discriminator = build(config)
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
         calibration = Calibration(**state["calibration"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such model; make train writes model.pt files") from None
-    except OSError:
-        raise
-    except Exception as error:
+    except Exception as error:  # whatever other bytes make torch.load and the networks raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a model.pt of this version: {reason}") from None
     return Detector(generator, discriminator, config, device, calibration)

@@ -27,9 +27,8 @@ def main(argv=None) -> int:
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
+    base = resolve({**recipe_values(parser, args), "category": None})
     folder = experiment_folder(args, args.experiment or args.recipe)
-    values = recipe_values(parser, args)
-    base = resolve({**values, "category": None})
 
     from tqdm import tqdm
 

@@ -1,0 +1,74 @@
+"""Drawn images in MVTec's layout, and the scripts' main() called in process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ganomaly.errors import guard  # noqa: E402
+
+# The smallest run that still passes every stage
+TINY = dict(image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, amp="fp32")
+TINY_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+
+
+def draw(path: Path, rng: np.random.Generator, defective: bool = False, size: int = 40) -> None:
+    """A grey disc on noise; a defect is a bright bar across it."""
+    y, x = np.mgrid[:size, :size] - size / 2
+    pixels = 60 + 8 * rng.standard_normal((size, size, 3))
+    pixels[np.hypot(x, y) < size / 3] += 80
+    if defective:
+        row = rng.integers(size // 4, 3 * size // 4)
+        pixels[row : row + 4, size // 6 : -size // 6] = 250
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def draw_category(folder: Path, n_train=24, n_good=4, n_bad=5, defects=("a_bar",), seed=0) -> Path:
+    """train/good, test/good and test/<defect>; `a_bar` sorts before `good`."""
+    rng = np.random.default_rng(seed)
+    for i in range(n_train):
+        draw(folder / "train" / "good" / f"{i:03}.png", rng)
+    for i in range(n_good):
+        draw(folder / "test" / "good" / f"{i:03}.png", rng)
+    for defect in defects:
+        for i in range(n_bad):
+            draw(folder / "test" / defect / f"{i:03}.png", rng, defective=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> Path:
+    """A root with one category, `parts`; not to be changed."""
+    root = tmp_path_factory.mktemp("images")
+    draw_category(root / "parts")
+    return root
+
+
+@pytest.fixture
+def script(capsys):
+    """script("train", "--steps", "5") -> (exit code, standard output, standard error)."""
+
+    def call(name: str, *words) -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        capsys.readouterr()
+        code = guard(module.main, [str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Scripts set the threads of the process; no test may see another's."""
+    torch.set_num_threads(1)

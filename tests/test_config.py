@@ -1,0 +1,136 @@
+import dataclasses
+import json
+
+import pytest
+
+from ganomaly import config as configuration
+from ganomaly.cli import Parser
+from ganomaly.config import DATASET_DEFAULTS, FIELDS, SCORES, Config, from_json, resolve
+from ganomaly.errors import UserError
+
+from .conftest import ROOT
+
+
+def parsed(*words: str) -> Config:
+    parser = Parser("test")
+    parser.add_config_flags()
+    return resolve(parser.given(parser.parse_args(list(words))))
+
+
+def test_json_round_trip_is_exact():
+    ours = Config(category="bottle", lr=1 / 3, steps=7, amp="fp16")
+    assert from_json(ours.to_json()) == ours
+
+
+def test_the_paper_recipe_is_the_defaults_with_its_precision_fixed():
+    recipe = configuration.load(ROOT / "experiments/paper/config.json")
+    assert recipe == Config(amp="bf16")
+
+
+def test_every_committed_recipe_and_run_config_is_complete_and_loads():
+    found = sorted((ROOT / "experiments").glob("**/config.json"))
+    assert found
+    for path in found:
+        assert set(json.loads(path.read_text())) == set(FIELDS), path
+        configuration.load(path)
+
+
+def test_dataset_follows_from_the_category():
+    assert parsed().dataset == "digits"
+    assert parsed("--category", "bottle").dataset == "mvtec"
+    assert parsed("--category", "3", "--dataset", "mnist").dataset == "mnist"
+
+
+@pytest.mark.parametrize("dataset", DATASET_DEFAULTS)
+def test_dataset_defaults_give_way_to_flags(dataset):
+    plain = parsed("--dataset", dataset)
+    for name, value in DATASET_DEFAULTS[dataset].items():
+        assert getattr(plain, name) == value
+    assert parsed("--dataset", dataset, "--image-size", "64").image_size == 64
+
+
+def test_flags_override_a_config_file(tmp_path):
+    path = tmp_path / "saved.json"
+    path.write_text(Config(category="bottle", steps=10, width=8).to_json())
+    config = parsed("--config", str(path), "--steps", "20")
+    assert (config.steps, config.width, config.category) == (20, 8, "bottle")
+
+
+def test_every_field_is_a_flag_and_parses_its_own_default():
+    for name, field in FIELDS.items():
+        value = "bottle" if name == "category" else field.default
+        flag = "--" + name.replace("_", "-")
+        words = [] if name in ("dataset", "category") else ["--category", "bottle"]
+        assert getattr(parsed(*words, flag, str(value)), name) == value
+
+
+REFUSED = [
+    ("steps", -5, "at least 1"),
+    ("steps", 0, "at least 1"),
+    ("steps", 1.5, "whole number"),
+    ("steps", True, "whole number"),
+    ("steps", "many", "whole number"),
+    ("image_size", 48, "power of two"),
+    ("image_size", 16, "at least 32"),
+    ("channels", 2, "1, 3"),
+    ("lr", float("nan"), "more than 0"),
+    ("lr", float("inf"), "more than 0"),
+    ("lr", 0, "more than 0"),
+    ("lr", "fast", "number"),
+    ("lr", [1], "number"),
+    ("beta1", 1.0, "less than 1"),
+    ("ema_decay", 1, "less than 1"),
+    ("w_con", -1, "at least 0"),
+    ("amp", "int8", "bf16"),
+    ("score", "best", "latent"),
+    ("dataset", "imagenet", "mvtec"),
+    ("dataset", {"a": 1}, "mvtec"),
+    ("quantile", 1, "less than 1"),
+    ("calibration_fraction", 0, "more than 0"),
+    ("category", "../x", "folder name"),
+    ("category", "..", "folder name"),
+    ("category", "", "folder name"),
+    ("category", 3, "text"),
+    ("seed", -1, "at least 0"),
+    ("threads", 0, "at least 1"),
+]
+
+
+@pytest.mark.parametrize("name, value, allowed", REFUSED)
+def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(UserError) as error:
+        from_json(json.dumps({name: value}), "saved.json")
+    text = str(error.value)
+    assert text.startswith("saved.json: ") and name in text and allowed in text
+    assert "\n" not in text
+
+
+def test_weights_that_train_nothing_are_refused():
+    with pytest.raises(UserError, match="w_adv, w_con, w_enc"):
+        Config(w_adv=0, w_con=0, w_enc=0)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "nan", "null", '{"stepz": 5}'])
+def test_what_is_not_a_config_is_refused_with_its_source(text):
+    with pytest.raises(UserError, match=r"^saved\.json: "):
+        from_json(text, "saved.json")
+
+
+def test_an_unknown_key_or_flag_names_the_nearest():
+    with pytest.raises(UserError, match="'stepz'; did you mean 'steps'"):
+        from_json('{"stepz": 5}')
+    with pytest.raises(UserError, match="'--stepz'; did you mean '--steps'"):
+        parsed("--stepz", "5")
+    with pytest.raises(UserError, match="'--step'"):  # no abbreviations either
+        parsed("--step", "5")
+
+
+def test_scores_are_those_that_are_computed():
+    from ganomaly.pipeline import CALIBRATED
+
+    assert SCORES == CALIBRATED
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().steps = 5

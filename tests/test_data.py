@@ -1,0 +1,295 @@
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganomaly import data
+from ganomaly.config import Config, resolve
+from ganomaly.data import Batches, read_image, to_input
+from ganomaly.errors import UserError
+
+from .conftest import draw_category
+
+
+def folder(category="parts", **values) -> Config:
+    return resolve({"dataset": "folder", "category": category, "image_size": 32, **values})
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", sorted(data.SUFFIXES) + [s.upper() for s in data.SUFFIXES])
+@pytest.mark.parametrize("channels", (1, 3))
+def test_every_suffix_is_read(tmp_path, suffix, channels):
+    path = tmp_path / f"image{suffix}"
+    Image.new("RGB", (50, 30), (200, 100, 50)).save(path)
+    pixels = read_image(path, 32, channels)
+    assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+    expected = [124] if channels == 1 else [200, 100, 50]  # ITU-R 601: .299 R + .587 G + .114 B
+    assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
+    assert data.image_files(tmp_path) == [path]
+
+
+def grey(mode: str) -> Image.Image:
+    """A picture that is black left and white right, in any mode."""
+    ramp = np.zeros((40, 40), np.uint8)
+    ramp[:, 20:] = 255
+    if mode.startswith("I;16"):
+        wide = ramp.astype(np.uint16) * 257
+        return Image.fromarray(wide.byteswap().view(">u2") if mode == "I;16B" else wide)
+    if mode == "I":
+        return Image.fromarray(ramp.astype(np.int32) * 257)
+    return Image.fromarray(ramp).convert(mode)
+
+
+MODES = [
+    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"),
+    ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"),
+    ("RGBA", "webp"), ("L", "bmp"), ("L", "jpg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, suffix", MODES)
+@pytest.mark.parametrize("channels", (1, 3))
+def test_every_mode_is_read_at_its_full_range(tmp_path, mode, suffix, channels):
+    path = tmp_path / f"image.{suffix}"
+    grey(mode).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = read_image(path, 32, channels)
+    assert not isinstance(pixels, str), pixels
+    assert pixels[:, :, :10].max() < 10 and pixels[:, :, -10:].min() > 245
+
+
+def test_a_transparent_palette_is_read_without_a_warning(tmp_path):
+    image = Image.new("RGB", (40, 40), (10, 200, 30)).quantize(4)
+    image.save(tmp_path / "a.png", transparency=bytes([255, 0, 128, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = read_image(tmp_path / "a.png", 32, 3)
+    assert np.abs(pixels.mean((1, 2)) - [10, 200, 30]).max() < 3
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    upright = Image.fromarray(np.kron([[0, 255], [0, 0]], np.ones((20, 20))).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate 90 degrees clockwise to show
+    upright.rotate(90).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    pixels = read_image(tmp_path / "a.jpg", 32, 1)[0]
+    assert pixels[5:10, 22:27].mean() > 240 and pixels[22:27].mean() < 15
+
+
+def test_any_aspect_is_squashed_to_a_square(tmp_path):
+    for size in ((1, 1), (3, 500), (500, 3), (900, 900)):
+        Image.new("L", size, 77).save(tmp_path / "a.png")
+        assert (read_image(tmp_path / "a.png", 32, 1) == 77).all()
+
+
+def test_bad_images_are_all_listed_with_their_reason(tmp_path):
+    root = draw_category(tmp_path / "parts")
+    good = root / "train" / "good"
+    (good / "text.png").write_text("hello")
+    (good / "zero.png").write_bytes(b"")
+    whole = (good / "000.png").read_bytes()
+    (root / "test" / "good" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.ones((9, 9), np.float32)).save(good / "float.tif")
+    with pytest.raises(UserError) as error:
+        data.load(folder(), tmp_path)
+    text = str(error.value)
+    assert text.startswith("4 images cannot be read") and "\n" not in text
+    for part in ("text.png (not an image)", "zero.png (empty file)", "cut.png (", "float.tif ("):
+        assert part in text
+
+
+# Folders
+
+
+def test_labels_come_from_the_name_good(tmp_path):
+    # `a_bar` sorts before `good`, `z_bar` behind it: neither order may decide.
+    draw_category(tmp_path / "parts", n_good=3, n_bad=2, defects=("a_bar", "z_bar"))
+    category = data.load(folder(), tmp_path)
+    assert category.test_labels.tolist() == [1, 1, 0, 0, 0, 1, 1]
+    assert category.test_defects == ["a_bar"] * 2 + ["good"] * 3 + ["z_bar"] * 2
+    assert category.test_paths == sorted(category.test_paths)
+    assert category.test_paths[2] == "test/good/000.png"
+
+
+def test_shapes_types_and_counts(parts):
+    for channels in (1, 3):
+        category = data.load(folder(channels=channels), parts)
+        assert category.train.shape == (14, channels, 32, 32)
+        assert category.calibration.shape == (10, channels, 32, 32)
+        assert category.test.shape == (9, channels, 32, 32)
+        assert category.train.dtype == torch.uint8
+
+
+def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
+    def as_set(images):
+        return {image.numpy().tobytes() for image in images}
+
+    first, again, other = (data.load(folder(seed=s), parts) for s in (1, 1, 2))
+    assert torch.equal(first.calibration, again.calibration)
+    assert as_set(first.calibration) != as_set(other.calibration)
+    for category in (first, other):
+        assert not as_set(category.train) & as_set(category.calibration)
+        assert len(as_set(category.train) | as_set(category.calibration)) == 24
+
+
+@pytest.mark.parametrize(
+    "n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50), (60, 0.1, 10)]
+)
+def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
+    config = folder(calibration_fraction=fraction)
+    kept, held_out = data.split_calibration(n, config)
+    assert len(held_out) == expected and len(kept) == n - expected
+
+
+def test_other_files_are_ignored(tmp_path):
+    root = draw_category(tmp_path / "parts")
+    (root / "train" / "good" / "Thumbs.db").write_text("x")
+    (root / "train" / "good" / "._000.png").write_text("x")
+    (root / "test" / "readme.txt").write_text("x")
+    (root / "test" / "empty").mkdir()
+    assert len(data.load(folder(), tmp_path).test_labels) == 9
+
+
+def test_without_a_category_the_root_is_the_category(parts):
+    category = data.load(folder(None), parts / "parts")
+    assert category.name == "parts" and len(category.test) == 9
+
+
+def test_without_test_there_is_nothing_to_evaluate(tmp_path):
+    draw_category(tmp_path / "parts", n_good=0, defects=())
+    category = data.load(folder(), tmp_path)
+    assert len(category.test) == len(category.test_labels) == 0
+
+
+@pytest.mark.parametrize(
+    "counts, words",
+    [
+        (dict(n_good=0), "no images in test/good"),
+        (dict(n_bad=0, defects=()), "no defective images"),
+        (dict(n_train=0), "no images"),
+        (dict(n_train=1), "1 training images"),
+        (dict(n_train=19), "19 training images"),
+    ],
+)
+def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
+    draw_category(tmp_path / "parts", **counts)
+    (tmp_path / "parts" / "train" / "good").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match=words):
+        data.load(folder(), tmp_path)
+
+
+def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
+    with pytest.raises(UserError) as error:
+        data.load(resolve({"category": "bottle"}), tmp_path)
+    assert str(tmp_path / "bottle" / "train" / "good") in str(error.value)
+    assert "curl" in str(error.value) and "CC BY-NC-SA" in str(error.value)
+    with pytest.raises(UserError, match="categories there: parts"):
+        data.load(folder("prats"), parts)
+    with pytest.raises(UserError, match="did you mean 'bottle'"):
+        data.load(resolve({"category": "botle"}), tmp_path)
+    for dataset, category in (("mnist", "3"), ("cifar10", "cat")):
+        with pytest.raises(UserError, match="--download fetches it"):
+            data.load(resolve({"dataset": dataset, "category": category}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_category_that_a_dataset_lacks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="needs one of plane"):
+        data.load(resolve({"dataset": "cifar10"}), tmp_path)
+    with pytest.raises(UserError, match="has no 'frogg'; did you mean 'frog'"):
+        data.load(resolve({"dataset": "cifar10", "category": "frogg"}), tmp_path)
+
+
+# One class out
+
+
+@pytest.mark.parametrize("category", ("0", "7"))
+def test_digits_follow_the_paper_protocol(category):
+    from sklearn.datasets import load_digits
+
+    target = load_digits().target
+    anomalies = int((target == int(category)).sum())
+    normals = len(target) - anomalies
+    c = data.load(resolve({"dataset": "digits", "category": category}))
+    assert len(c.train) + len(c.calibration) == round(0.8 * normals)
+    assert (c.test_labels == 0).sum() == normals - round(0.8 * normals)
+    assert c.test_labels.sum() == anomalies  # every one is tested
+    for path, label in zip(c.test_paths, c.test_labels):
+        assert (path.split("/")[0] == category) == label
+    assert c.train.shape[1:] == (1, 32, 32)
+    assert c.train.min() == 0 and c.train.max() == 255
+
+
+def test_digits_split_depends_on_the_seed():
+    paths = [data.load(resolve({"seed": seed})).test_paths for seed in (1, 1, 2)]
+    assert paths[0] == paths[1] != paths[2]
+
+
+def write_idx(path, array: np.ndarray) -> None:
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 80), ("t10k", 20)):
+        labels = np.arange(n) % 10
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.ones((n, 28, 28)) * labels[:, None, None])
+    c = data.load(resolve({"dataset": "mnist", "category": "3"}), tmp_path)
+    assert (len(c.train), len(c.calibration), len(c.test)) == (58, 14, 28)
+    assert c.test_labels.sum() == 10 and (c.test[c.test_labels == 1] == 3).all()
+    assert not (c.train == 3).any() and not (c.calibration == 3).any()
+
+
+# Batches
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (60, 64), (167, 16)])
+def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
+    batches = Batches(images, batch_size, torch.Generator().manual_seed(0))
+    drawn = [batches.next() for _ in range(4 * n)]
+    assert {len(batch) for batch in drawn} == {batch_size}
+    stream = torch.cat(drawn).flatten()
+    passes = stream[: len(stream) // n * n].reshape(-1, n)
+    assert (passes.sort(1).values == torch.arange(n)).all()
+    assert not torch.equal(passes[0], passes[1]) or n < 4
+
+
+def test_batches_go_on_exactly_from_their_state():
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
+    batches = Batches(images, 4, torch.Generator().manual_seed(0))
+    batches.next()
+    state = batches.state_dict()
+    expected = [batches.next() for _ in range(9)]
+    again = Batches(images, 4, torch.Generator())
+    again.load_state_dict(state)
+    assert all(torch.equal(a, again.next()) for a in expected)
+
+
+def test_to_input_spans_minus_one_to_one():
+    x = to_input(
+        torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1), torch.device("cpu")
+    )
+    assert x.flatten().tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
+
+
+def test_decode_keeps_order_and_a_bounded_lead(tmp_path, monkeypatch):
+    for i in range(30):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
+    monkeypatch.setattr(data, "AHEAD", 3)
+    started = []
+    real = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *a: started.append(a) or real(*a))
+    stream = data.decode(sorted(tmp_path.iterdir()), 32, 1)
+    assert next(stream)[0, 0, 0] == 0
+    assert len(started) <= 4
+    assert [int(pixels[0, 0, 0]) for pixels in stream] == list(range(1, 30))

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from ganomaly.metrics import controls, evaluate, f1_max
+
+
+def drawn(seed: int, n: int = 60, levels: int = 7):
+    """Labels of both kinds and scores with many ties."""
+    rng = np.random.default_rng(seed)
+    labels = np.r_[0, 1, rng.integers(0, 2, n)]
+    return labels, (rng.integers(0, levels, n + 2) / levels).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_figures_agree_with_scikit_learn_with_ties(seed):
+    labels, scores = drawn(seed)
+    threshold = float(np.median(scores))
+    ours, verdicts = evaluate(labels, scores, threshold), scores > threshold
+    assert ours["auroc"] == sk.roc_auc_score(labels, scores)
+    assert ours["average_precision"] == sk.average_precision_score(labels, scores)
+    assert ours["f1"] == pytest.approx(sk.f1_score(labels, verdicts))
+    assert ours["precision"] == pytest.approx(sk.precision_score(labels, verdicts))
+    assert ours["recall"] == pytest.approx(sk.recall_score(labels, verdicts))
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(labels, verdicts))
+    assert ours["f1_trivial"] == pytest.approx(sk.f1_score(labels, np.ones_like(labels)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_auroc_is_the_chance_that_a_defective_outscores_a_good_image(seed):
+    labels, scores = drawn(seed)
+    bad, good = scores[labels == 1][:, None], scores[labels == 0][None]
+    literal = ((bad > good) + 0.5 * (bad == good)).mean()
+    assert evaluate(labels, scores, 0.5)["auroc"] == pytest.approx(literal)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_f1_max_is_the_best_over_all_thresholds(seed):
+    labels, scores = drawn(seed)
+    cuts = [sk.f1_score(labels, scores >= cut) for cut in np.unique(scores)]
+    assert f1_max(labels, scores) == pytest.approx(max(cuts))
+    assert f1_max(labels, scores) >= evaluate(labels, scores, 0.5)["f1_trivial"] - 1e-12
+
+
+def test_an_image_at_the_threshold_is_called_normal():
+    figures = evaluate(np.array([0, 1]), np.array([0.5, 0.6], np.float32), 0.5)
+    assert figures["accuracy"] == 1
+
+
+def test_nothing_called_defective_is_zero_not_a_warning():
+    assert evaluate(np.array([0, 1]), np.array([0.1, 0.2], np.float32), 1.0)["f1"] == 0
+
+
+def images(n, rng, brightness=100.0):
+    pixels = brightness + 20 * rng.standard_normal((n, 3, 8, 8))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def test_brightness_control_shows_both_signs():
+    rng = np.random.default_rng(0)
+    train, good = images(30, rng), images(10, rng)
+    labels = np.repeat([0, 1], 10)
+    for shift, expected in ((60, 1.0), (-60, 0.0)):
+        test = np.concatenate([good, images(10, rng, 100 + shift)])
+        assert controls(train, test, labels)["auroc_brightness"] == expected
+
+
+def test_mean_distance_and_pca_controls_against_their_formulas():
+    rng = np.random.default_rng(1)
+    # Normal images vary along 5 directions; anomalies leave them.
+    basis = rng.standard_normal((5, 192))
+
+    def normal(n):
+        pixels = 128 + 15 * rng.standard_normal((n, 5)) @ basis + 3 * rng.standard_normal((n, 192))
+        return pixels.clip(0, 255).round().astype(np.uint8).reshape(n, 3, 8, 8)
+
+    train, test = normal(60), np.concatenate([normal(15), normal(15)])
+    test[15:, :, 2:4, 2:4] ^= 32
+    labels = np.repeat([0, 1], 15)
+    ours = controls(train, test, labels)
+    a, b = train.reshape(60, -1) / 255.0, test.reshape(30, -1) / 255.0
+    mean = a.mean(0)
+    assert ours["auroc_mean_distance"] == pytest.approx(
+        sk.roc_auc_score(labels, ((b - mean) ** 2).sum(1)), abs=1e-9
+    )
+    _, _, directions = np.linalg.svd(a - mean, full_matrices=False)
+    top = directions[:40]
+    residual = (b - mean) - (b - mean) @ top.T @ top
+    assert ours["auroc_pca"] == pytest.approx(
+        sk.roc_auc_score(labels, (residual**2).sum(1)), abs=0.02
+    )
+    assert ours["auroc_pca"] > 0.9
+
+
+def test_controls_work_with_fewer_images_than_components():
+    rng = np.random.default_rng(2)
+    out = controls(images(10, rng), images(8, rng), np.repeat([0, 1], 4))
+    assert all(0 <= value <= 1 for value in out.values())

@@ -1,0 +1,219 @@
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from ganomaly import scoring
+from ganomaly.config import Config
+from ganomaly.errors import UserError
+from ganomaly.networks import build, initialise
+from ganomaly.scoring import (
+    Detector,
+    calibrate,
+    fit_whitening,
+    load_detector,
+    threshold_at,
+    whitened,
+)
+
+CPU = torch.device("cpu")
+SMALL = Config(image_size=32, width=4, latent_dim=8)
+
+
+def images(n, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    """An untrained network whose BatchNorm statistics have moved, calibrated on noise."""
+    rng = torch.Generator().manual_seed(0)
+    generator, discriminator = build(SMALL)
+    for network in (generator, discriminator):
+        initialise(network, rng)
+        network.train()
+    for seed in range(5):
+        x = images(16, seed) / 127.5 - 1
+        generator(x), discriminator(x)
+    ours = Detector(generator, discriminator, SMALL, CPU)
+    ours.calibration = calibrate(ours.raw(images(20, 9)), seed=42)
+    return ours
+
+
+def close(a: dict, b: dict) -> bool:
+    return all(torch.allclose(a[name], b[name], rtol=1e-5, atol=0) for name in a)
+
+
+def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, monkeypatch):
+    pixels = images(23, 3)
+    whole = detector.scores(pixels)
+    for size in (1, 5, 23):
+        monkeypatch.setattr(scoring, "BATCH", size)
+        assert close(whole, detector.scores(pixels))
+    monkeypatch.setattr(scoring, "BATCH", 8)
+    turned = detector.scores(pixels.flip(0))
+    assert close(whole, {name: values.flip(0) for name, values in turned.items()})
+    black = torch.zeros_like(pixels)
+    black[4] = pixels[4]
+    among_black = detector.scores(black)
+    assert close({n: v[4] for n, v in whole.items()}, {n: v[4] for n, v in among_black.items()})
+
+
+def test_scoring_changes_no_buffer_and_no_weight(detector):
+    def state():
+        nets = (detector.generator, detector.discriminator)
+        return [v.clone() for net in nets for v in net.state_dict().values()]
+
+    before = state()
+    detector.scores(images(10))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def test_scores_are_their_formulas(detector):
+    pixels = images(3, 5)
+    scores = detector.scores(pixels)
+    x = pixels.float() / 127.5 - 1
+    with torch.no_grad():
+        z, x_hat, z_hat = detector.generator(x)
+        f, f_hat = (detector.discriminator(image)[1] for image in (x, x_hat))
+    for i in range(3):
+        gap = (z[i] - z_hat[i]).tolist()
+        difference = (x[i] - x_hat[i]).flatten().tolist()
+        features = (f[i] - f_hat[i]).flatten().tolist()
+        literal = {
+            "latent": sum(v * v for v in gap) / len(gap),
+            "latent_l1": sum(abs(v) for v in gap) / len(gap),
+            "contextual": sum(abs(v) for v in difference) / len(difference),
+            "feature": sum(v * v for v in features) / len(features),
+        }
+        for name, value in literal.items():
+            assert scores[name][i].item() == pytest.approx(value, rel=1e-4), name
+
+
+def test_scores_are_float32_whatever_the_training_precision(detector):
+    assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        expected = detector.scores(images(2))
+    assert close(expected, detector.scores(images(2)))
+
+
+def gaps(n, dim, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((dim, dim))
+    offset = rng.standard_normal(dim)
+    noise = np.random.default_rng(seed + 1000).standard_normal((n, dim))
+    return torch.from_numpy(scale * (noise @ mixing + offset))
+
+
+def test_whitened_is_the_mahalanobis_distance_under_ledoit_wolf():
+    from scipy.spatial.distance import mahalanobis
+    from sklearn.covariance import LedoitWolf
+
+    normal, fresh = gaps(60, 5, 0), gaps(4, 5, 0) + 1
+    fitted = LedoitWolf().fit(normal.numpy())
+    ours = whitened(fresh, *fit_whitening(normal))
+    for value, row in zip(ours.tolist(), fresh.numpy()):
+        literal = mahalanobis(row, fitted.location_, fitted.precision_) ** 2 / 5
+        assert value == pytest.approx(literal, rel=1e-5)
+
+
+def test_whitened_is_invariant_under_rotation_shift_and_uniform_scaling():
+    normal, fresh = gaps(60, 6, 1), gaps(10, 6, 1) * 1.5
+    expected = whitened(fresh, *fit_whitening(normal))
+    turn = torch.linalg.qr(gaps(6, 6, 2))[0]
+    for change in (lambda g: g @ turn, lambda g: 7 * g, lambda g: g + 3):
+        assert torch.allclose(
+            whitened(change(fresh), *fit_whitening(change(normal))), expected, rtol=1e-4
+        )
+
+
+def raw_of(normal: torch.Tensor) -> scoring.Raw:
+    return scoring.Raw({"latent": normal.square().mean(1).float()}, normal)
+
+
+@pytest.mark.parametrize("n, dim", [(42, 100), (42, 20), (500, 20)])
+@pytest.mark.parametrize("quantile", (0.8, 0.95))
+def test_false_alarms_of_the_whitened_score_are_within_binomial_error_of_nominal(n, dim, quantile):
+    """Over many draws of the calibration images, as the rate of one draw has its own spread."""
+    draws, fresh = 40, 50
+    alarms = in_sample = 0
+    for draw in range(draws):
+        everything = gaps(n + fresh, dim, seed=7)[torch.randperm(n + fresh, generator=seeded(draw))]
+        normal, test = everything[:n], everything[n:]
+        calibration = calibrate(raw_of(normal), seed=draw)
+        threshold = threshold_at(calibration.scores["latent_whitened"], quantile)
+        scores = whitened(test, calibration.mean, calibration.precision)
+        alarms += int((scores > threshold).sum())
+        fitted = whitened(normal, calibration.mean, calibration.precision)
+        in_sample += int((scores > threshold_at(fitted, quantile)).sum())
+    trials = draws * fresh
+    nominal = 1 - quantile
+    # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.
+    error = math.sqrt(quantile * nominal * (1 / trials + 1 / (draws * n)))
+    assert alarms / trials < nominal + 3 * error
+    if n == 500:  # enough images that four fifths fit as well as all
+        assert alarms / trials > nominal - 3 * error - 0.01
+    else:  # the same images for statistics and threshold: what the folds are for
+        assert in_sample / trials > nominal + 3 * error
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    "n, quantile, rank",
+    [(19, 0.95, 19), (99, 0.95, 95), (42, 0.95, 41), (10, 0.95, 10), (9, 0.5, 5)],
+)
+def test_threshold_is_the_conformal_rank(n, quantile, rank):
+    scores = torch.arange(1, n + 1).float()[torch.randperm(n, generator=seeded(0))]
+    assert threshold_at(scores, quantile) == rank
+
+
+def test_folds_never_score_an_image_with_its_own_statistics():
+    normal = gaps(20, 4, 3)
+    expected = calibrate(raw_of(normal), seed=0).scores["latent_whitened"]
+    outlier = normal.clone()
+    outlier[0] *= 1000
+    # Out of fold an outlier cannot hide by widening the covariance it is measured with.
+    assert calibrate(raw_of(outlier), seed=0).scores["latent_whitened"][-1] > 1000 * expected[-1]
+
+
+def test_a_saved_detector_scores_the_same(detector, tmp_path):
+    torch.save(detector.state(), tmp_path / "model.pt")
+    again = load_detector(tmp_path / "model.pt", CPU)
+    expected, scores = detector.scores(images(7)), again.scores(images(7))
+    assert all(torch.equal(expected[name], scores[name]) for name in expected)
+    assert again.threshold() == detector.threshold() and again.config == detector.config
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = tmp_path / "whole.pt"
+    torch.save(detector.state(), whole)
+    state = detector.state()
+    bad = {
+        "text.pt": lambda p: p.write_text("hello"),
+        "empty.pt": lambda p: p.write_bytes(b""),
+        "cut.pt": lambda p: p.write_bytes(whole.read_bytes()[:5000]),
+        "pickle.pt": lambda p: torch.save({"config": Malicious()}, p),
+        "list.pt": lambda p: torch.save([1, 2], p),
+        "other.pt": lambda p: torch.save({**state, "config": Config().to_json()}, p),
+        "old.pt": lambda p: torch.save({"generator": state["generator"]}, p),
+    }
+    for name, make in bad.items():
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=name) as error:
+            load_detector(tmp_path / name, CPU)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+    with pytest.raises(UserError, match="no such model"):
+        load_detector(tmp_path / "none.pt", CPU)

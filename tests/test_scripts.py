@@ -1,0 +1,508 @@
+"""The real scripts at tiny size, on drawn images."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ganomaly import data, experiment, pipeline, scoring
+from ganomaly.config import FIELDS, Config
+from ganomaly.data import MVTEC
+from ganomaly.experiment import Run
+
+from .conftest import ROOT, TINY, TINY_FLAGS, draw, draw_category
+
+FIELDS_OF_METRICS = {
+    "category", "seed", "score", "auroc", "average_precision", "threshold", "f1", "precision",
+    "recall", "accuracy", "f1_max", "f1_trivial", "auroc_brightness", "auroc_mean_distance",
+    "auroc_pca", "n_train", "n_calibration", "n_test_good", "n_test_defective", "train_seconds",
+    "images_per_second", "scores", "provenance",
+}  # fmt: skip
+
+
+def train_words(root, out, *more, category="parts"):
+    return [
+        "--dataset=folder", f"--category={category}", "--data-root", root,
+        "--experiments-dir", out, *TINY_FLAGS, *more,
+    ]  # fmt: skip
+
+
+def one_line_error(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def folder_of(out, category="parts", seed=42, name="local"):
+    return out / name / category / f"seed{seed}"
+
+
+def numbers(folder) -> tuple[dict, str]:
+    """metrics.json less times and provenance, scores.csv."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("train_seconds", "images_per_second", "provenance"):
+        del metrics[name]
+    return metrics, (folder / "scores.csv").read_text()
+
+
+# train.py
+
+
+def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
+    code, out, err = script("train", *train_words(parts, tmp_path, "--steps=60"))
+    assert code == 0, err
+    folder = folder_of(tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "log.jsonl", "last.pt", "model.pt", "scores.csv"} < names
+    assert {"metrics.json", "samples.png"} < names and not any("tmp" in name for name in names)
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert FIELDS_OF_METRICS <= set(metrics)
+    assert {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"} <= set(
+        metrics["provenance"]
+    )
+    assert set(metrics["scores"]) == set(pipeline.CALIBRATED)
+    assert metrics["auroc"] == metrics["scores"]["latent"]
+    assert (metrics["n_train"], metrics["n_calibration"]) == (14, 10)
+    assert (metrics["n_test_good"], metrics["n_test_defective"]) == (4, 5)
+    assert json.loads((folder / "config.json").read_text()).keys() == FIELDS.keys()
+    assert [json.loads(x)["step"] for x in (folder / "log.jsonl").read_text().splitlines()] == [50]
+    rows = list(csv.DictReader((folder / "scores.csv").open()))
+    assert list(rows[0]) == ["path", "defect", "label", *pipeline.CALIBRATED]
+    assert rows[0]["path"] == "test/a_bar/000.png" and rows[0]["label"] == "1"
+    assert rows[8]["defect"] == "good" and rows[8]["label"] == "0"
+    for word in ("AUROC", "brightness", "mean image", "PCA-40", "F1-max", "calling all"):
+        assert word in out
+    # No path of this machine in what git keeps
+    for name in ("config.json", "metrics.json", "scores.csv"):
+        assert str(parts) not in (folder / name).read_text()
+    assert (tmp_path / "local/results.csv").is_file() and not (
+        tmp_path / "local/config.json"
+    ).exists()
+
+
+def test_a_finished_run_is_left_alone_until_forced(script, parts, tmp_path):
+    words = train_words(parts, tmp_path)
+    assert script("train", *words)[0] == 0
+    before = {p.name: p.read_bytes() for p in folder_of(tmp_path).iterdir()}
+    (tmp_path / "local/results.csv").unlink()
+    code, out, _ = script("train", *words, "--checkpoint-every=2")
+    assert code == 0 and out.startswith("trained already; --force")
+    assert {p.name: p.read_bytes() for p in folder_of(tmp_path).iterdir()} == before
+    assert (tmp_path / "local/results.csv").is_file()
+    code, _, err = script("train", *words, "--steps=7")
+    assert code == 2 and "steps (6 there, 7 asked)" in one_line_error(err)
+    assert {p.name: p.read_bytes() for p in folder_of(tmp_path).iterdir()} == before
+    assert script("train", *words, "--steps=7", "--force")[0] == 0
+    assert json.loads((folder_of(tmp_path) / "config.json").read_text())["steps"] == 7
+
+
+def test_same_command_same_bytes_alone_or_after_another(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path / "a"))
+    script("train", *train_words(parts, tmp_path / "b", "--seed=1"))
+    script("train", *train_words(parts, tmp_path / "b"))
+    assert numbers(folder_of(tmp_path / "a")) == numbers(folder_of(tmp_path / "b"))
+
+
+CHANGES = {
+    "dataset": "digits", "category": "other", "image_size": 64, "channels": 1, "width": 5,
+    "latent_dim": 9, "extra_layers": 1, "batch_size": 5, "steps": 7, "lr": 1e-3, "beta1": 0.8,
+    "ema_decay": 0.1, "w_adv": 30.0, "w_con": 5.0, "w_enc": 30.0, "amp": "bf16",
+    "score": "feature", "quantile": 0.5, "calibration_fraction": 0.5, "checkpoint_every": 2,
+    "threads": 2, "seed": 1,
+}  # fmt: skip
+
+
+def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
+    assert CHANGES.keys() == FIELDS.keys()
+    shutil.copytree(parts / "parts", tmp_path / "images" / "parts")
+    draw_category(tmp_path / "images" / "other", seed=1)
+    base = Config(dataset="folder", category="parts", **TINY)
+    saved, threads = [], []
+    monkeypatch.setattr(Run, "save", lambda self, state: saved.append(state["step"]))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def results(name, config):
+        saved.clear()
+        threads.clear()
+        pipeline.run_one(config, tmp_path / name, tmp_path / "images", torch.device("cpu"))
+        folder = Run(tmp_path / name, config.category, config).folder
+        return numbers(folder), list(saved), list(threads)
+
+    expected = results("base", base)
+    for name, value in CHANGES.items():
+        config = base.replace(**{name: value}, **({"category": "3"} if name == "dataset" else {}))
+        assert results(name, config) != expected, f"{name} changes nothing"
+    assert results("again", base) == expected  # so that the differences above mean something
+
+
+def test_training_never_sees_calibration_or_test_images(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts")
+    script("train", *train_words(tmp_path / "images", tmp_path / "a"))
+    _, held_out = data.split_calibration(24, Config(category="parts"))
+    rng = np.random.default_rng(5)
+    files = data.image_files(root / "train" / "good")
+    for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):
+        draw(path, rng, defective=True, size=64)
+    script("train", *train_words(tmp_path / "images", tmp_path / "b"))
+    states = [torch.load(folder_of(tmp_path / run) / "model.pt", weights_only=True) for run in "ab"]
+    for network in ("generator", "discriminator"):
+        for name, value in states[0][network].items():
+            assert torch.equal(value, states[1][network][name]), name
+    assert states[0]["threshold"] != states[1]["threshold"]  # they were calibrated with
+
+
+def test_labels_are_not_inverted(script, tmp_path):
+    """Bars that no normal image has score higher, and by every score that sees pixels."""
+    draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
+    words = train_words(tmp_path / "images", tmp_path, "--steps=150", "--width=8", "--lr=1e-3")
+    assert script("train", *words)[0] == 0
+    metrics, _ = numbers(folder_of(tmp_path))
+    assert metrics["scores"]["contextual"] > 0.8
+    assert metrics["auroc_pca"] > 0.9 and metrics["auroc_brightness"] > 0.9
+
+
+def test_without_test_images_it_trains_calibrates_and_says_so(script, tmp_path):
+    draw_category(tmp_path / "images" / "parts", n_good=0, defects=())
+    code, out, _ = script("train", *train_words(tmp_path / "images", tmp_path))
+    assert code == 0 and "nothing could be evaluated" in out
+    metrics, scores = numbers(folder_of(tmp_path))
+    assert metrics["auroc"] is None and metrics["auroc_pca"] is None and metrics["threshold"] > 0
+    assert scores.count("\n") == 1 and (folder_of(tmp_path) / "model.pt").is_file()
+
+
+def test_a_root_that_is_the_category(script, parts, tmp_path):
+    words = ["--dataset=folder", "--data-root", parts / "parts", "--experiments-dir", tmp_path]
+    assert script("train", *words, *TINY_FLAGS)[0] == 0
+    assert folder_of(tmp_path).is_dir()
+    assert script("evaluate", *words)[0] == 0
+
+
+def test_a_named_experiment_keeps_its_recipe(script, parts, tmp_path):
+    words = train_words(parts, tmp_path, "--experiment=mine")
+    assert script("train", *words, "--seed=7")[0] == 0
+    recipe = json.loads((tmp_path / "mine/config.json").read_text())
+    assert recipe["seed"] == 42 and recipe["category"] is None and recipe["width"] == 4
+    code, _, err = script("train", *words, "--seed=8", "--width=5")
+    assert code == 2 and "width (4 there, 5 asked)" in one_line_error(err)
+    code, _, err = script("train", "--config", tmp_path / "mine/config.json", *words, "--lr=1")
+    assert code == 2 and "another recipe: lr" in one_line_error(err)
+
+
+# Interruptions
+
+
+def phases(monkeypatch, error):
+    """Make each stage of a run fail in turn; yields the stage's name."""
+    stages = [
+        (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Run, "save"),
+        (pipeline, "calibrate"), (experiment, "write_torch"), (Run, "write_samples"),
+        (scoring.Detector, "scores"), (Run, "write_scores"), (pipeline, "figures"),
+        (experiment, "write_json"), (experiment, "write_results"),
+    ]  # fmt: skip
+
+    def fail(*args, **kwargs):
+        raise error
+
+    for owner, name in stages:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            yield name
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 2)],
+)
+def test_ctrl_c_and_a_full_disk_in_every_phase(script, parts, tmp_path, monkeypatch, error, code):
+    script("train", *train_words(parts, tmp_path / "whole"))
+    expected = numbers(folder_of(tmp_path / "whole"))
+    script("train", *train_words(parts, tmp_path, "--seed=1"))  # a finished result beside
+    beside = {p.name: p.read_bytes() for p in folder_of(tmp_path, seed=1).iterdir()}
+    words = train_words(parts, tmp_path, "--checkpoint-every=2")
+    for stage in phases(monkeypatch, error):
+        got, _, err = script("train", *words)
+        assert got == code and "Traceback" not in err, (stage, err)
+        assert len([x for x in err.splitlines() if x.strip() and "step" not in x]) == 1, (
+            stage,
+            err,
+        )
+    assert script("train", *words)[0] == 0  # goes on from where it was
+    assert numbers(folder_of(tmp_path)) == expected
+    assert {p.name: p.read_bytes() for p in folder_of(tmp_path, seed=1).iterdir()} == beside
+
+
+def start(words, cwd=ROOT):
+    command = [sys.executable, "scripts/train.py", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline, "the run never got there"
+        time.sleep(0.01)
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bytes(script, parts, tmp_path):
+    more = ["--steps=400", "--checkpoint-every=20"]
+    assert script("train", *train_words(parts, tmp_path / "whole", *more))[0] == 0
+    words = train_words(parts, tmp_path / "killed", *more)
+    folder = folder_of(tmp_path / "killed")
+    process = start(words)
+    wait_for((folder / "last.pt").exists, process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "metrics.json").exists(), "killed too late to show anything"
+    assert script("train", *words)[0] == 0
+    assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(50, 401, 50))
+
+
+def test_ctrl_c_of_the_real_process_is_one_line_and_130(parts, tmp_path):
+    process = start(train_words(parts, tmp_path, "--steps=100000"))
+    wait_for((folder_of(tmp_path) / "log.jsonl").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("interrupted: ")
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_training_starts_anew(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path / "whole"))
+    script("train", *train_words(parts, tmp_path))
+    folder = folder_of(tmp_path)
+    (folder / "metrics.json").unlink()
+    content = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(content[: len(content) // 2])
+    code, _, err = script("train", *train_words(parts, tmp_path))
+    assert code == 0 and "last.pt is damaged" in err
+    assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
+
+
+# evaluate.py, predict.py
+
+
+def test_evaluate_rewrites_identical_numbers(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    folder = folder_of(tmp_path)
+    names = ("metrics.json", "scores.csv")
+    before = {name: (folder / name).read_bytes() for name in names}
+    table = (tmp_path / "local/results.csv").read_bytes()
+    (folder / "scores.csv").unlink()
+    where = [
+        "--dataset=folder",
+        "--category=parts",
+        "--data-root",
+        parts,
+        "--experiments-dir",
+        tmp_path,
+    ]
+    code, out, err = script("evaluate", *where)
+    assert code == 0 and "AUROC" in out, err
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    assert (tmp_path / "local/results.csv").read_bytes() == table
+    code, _, err = script("evaluate", *where, "--width=9")
+    assert code == 2 and "width" in one_line_error(err)
+    code, _, err = script("evaluate", *where, "--seed=3")
+    assert code == 2 and "no finished run" in one_line_error(err)
+
+
+def test_predict_gives_the_scores_of_the_run(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    model = folder_of(tmp_path) / "model.pt"
+    code, out, err = script("predict", "--model", model, "--images", parts / "parts" / "test")
+    assert code == 0
+    rows = list(csv.DictReader(out.splitlines()))
+    assert list(rows[0]) == ["path", "score", "threshold", "verdict"]
+    recorded = list(csv.DictReader((folder_of(tmp_path) / "scores.csv").open()))
+    assert len(rows) == 9 and "9 images" in err
+    for row, known in zip(rows, recorded, strict=True):
+        assert row["path"].endswith(known["path"])
+        assert float(row["score"]) == pytest.approx(float(known["latent"]), rel=1e-5)
+        above = float(row["score"]) > float(row["threshold"])
+        assert row["verdict"] == ("defective" if above else "normal")
+
+
+def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    bad = tmp_path / "bad.png"
+    bad.write_text("hello")
+    good = parts / "parts" / "test" / "good"
+    output = tmp_path / "out.csv"
+    code, out, err = script(
+        "predict", "--model", folder_of(tmp_path) / "model.pt",
+        "--images", bad, good / "001.png", good, "--output", output,
+    )  # fmt: skip
+    assert code == 1 and out == "" and "1 unreadable" in err
+    rows = list(csv.DictReader(output.open()))
+    assert [row["path"] for row in rows][:3] == [
+        str(bad),
+        str(good / "001.png"),
+        str(good / "000.png"),
+    ]
+    assert rows[0]["score"] == "" and rows[0]["verdict"] == "unreadable: not an image"
+    assert rows[1]["score"] == rows[3]["score"] or float(rows[1]["score"]) == pytest.approx(
+        float(rows[3]["score"]), rel=1e-5
+    )
+
+
+# benchmark.py
+
+
+def benchmark_words(root, out, *more):
+    return ["--experiment=all", "--data-root", root, "--experiments-dir", out, *TINY_FLAGS, *more]
+
+
+@pytest.fixture(scope="module")
+def fifteen(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mvtec")
+    for i, name in enumerate(MVTEC):
+        draw_category(root / name, n_train=20, n_good=2, n_bad=2, seed=i)
+    return root
+
+
+def test_fifteen_categories_go_through_whole(script, fifteen, tmp_path):
+    code, out, err = script("benchmark", *benchmark_words(fifteen, tmp_path))
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "all/results.csv").open()))
+    assert [row["category"] for row in rows] == [*MVTEC, "Mean", "Mean without screw"]
+    mean = np.mean([float(row["auroc"]) for row in rows[:15]])
+    assert float(rows[15]["auroc"]) == pytest.approx(mean, abs=1e-5)
+    assert "anomalib README" in out and "| Mean without screw |" in out and "0.421" in out
+    assert out.count("seed 42: AUROC") == 15
+    alone = tmp_path / "alone"
+    words = train_words(fifteen, alone, category="zipper")
+    assert script("train", *words, "--dataset=mvtec")[0] == 0
+    assert numbers(folder_of(alone, "zipper")) == numbers(folder_of(tmp_path, "zipper", name="all"))
+
+
+def test_seeds_give_deviations_and_finished_runs_are_kept(script, fifteen, tmp_path):
+    words = benchmark_words(fifteen, tmp_path, "--categories", "bottle", "screw")
+    assert script("benchmark", *words, "--seeds", "42", "43")[0] == 0
+    first = (tmp_path / "all/bottle/seed42/metrics.json").read_bytes()
+    code, out, _ = script("benchmark", *words, "--seeds", "42", "43", "44")
+    assert code == 0 and out.count("(done before)") == 4 and "±" in out
+    assert (tmp_path / "all/bottle/seed42/metrics.json").read_bytes() == first
+    names = [row["category"] for row in csv.DictReader((tmp_path / "all/results.csv").open())]
+    assert names[6:] == ["Mean of 2", "Mean of 1 without screw"] * 3
+
+
+def test_missing_categories_are_listed_before_any_work(script, fifteen, tmp_path):
+    root = tmp_path / "some"
+    shutil.copytree(fifteen / "tile", root / "tile")
+    words = benchmark_words(root, tmp_path / "out", "--categories", "tile", "wood", "cable")
+    code, _, err = script("benchmark", *words)
+    assert code == 2 and "(wood, cable)" in one_line_error(err) and not (tmp_path / "out").exists()
+    code, out, err = script("benchmark", *words, "--skip-missing")
+    assert code == 1 and "skipped wood" in err and "tile seed 42: AUROC" in out
+
+
+def test_a_failing_category_is_told_and_the_others_are_done(script, fifteen, tmp_path):
+    root = tmp_path / "images"
+    for name in ("tile", "wood"):
+        shutil.copytree(fifteen / name, root / name)
+    (root / "tile/train/good/000.png").write_text("no image")
+    words = benchmark_words(root, tmp_path / "out", "--categories", "tile", "wood")
+    code, out, err = script("benchmark", *words)
+    assert code == 1 and "wood seed 42: AUROC" in out and "Traceback" not in err
+    assert "failed tile seed 42: 1 image cannot be read" in err and "000.png" in err
+    assert not (tmp_path / "out/all/tile").exists()
+
+
+def test_a_benchmark_over_all_categories_of_a_folder(script, parts, tmp_path):
+    code, out, _ = script("benchmark", *benchmark_words(parts, tmp_path, "--dataset=folder"))
+    assert code == 0 and "parts seed 42: AUROC" in out
+
+
+# Bad input: one line, exit code 2, nothing written
+
+
+def test_bad_input_is_one_line_that_names_it_and_the_mend(script, parts, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "parts/train/good").mkdir(parents=True)
+    typo, text = tmp_path / "typo.json", tmp_path / "text.json"
+    typo.write_text('{"stepz": 3}')
+    text.write_bytes(b"\xff\xfe\x00")
+    a_file = tmp_path / "file"
+    a_file.write_text("x")
+    out = tmp_path / "out"
+    base = train_words(parts, out)
+    model = ["--model", tmp_path / "none.pt", "--images", parts]
+    table = [
+        ("train", [*base, "--data-root", tmp_path / "nowhere"], "nowhere/parts/train/good"),
+        ("train", [*base, "--data-root", empty], "no images"),
+        ("train", [*base, "--image-size", "48"], "image_size: 48"),
+        ("train", [*base, "--steps", "-5"], "steps: -5"),
+        ("train", [*base, "--steps", "x"], "steps: 'x' is not a whole number"),
+        ("train", [*base, "--steps"], "--steps: expected one argument"),
+        ("train", [*base, "--stepz", "5"], "did you mean '--steps'"),
+        ("train", [*base, "--config", typo], "did you mean 'steps'"),
+        ("train", [*base, "--config", text], "text.json: not a JSON config"),
+        ("train", [*base, "--config", tmp_path / "none.json"], "none.json: no such config"),
+        ("train", [*base, "--experiment", "../x"], "--experiment '../x'"),
+        ("train", [*base, "--category", "../parts"], "category: '../parts'"),
+        ("train", [*base, "--category", "prats"], "categories there: parts"),
+        ("train", [*base, "--experiments-dir", a_file], str(a_file)),
+        ("train", [*base, "--device", "cuda:99"], "--device cuda:99"),
+        ("train", [*base, "--device", "tpu"], "--device tpu"),
+        ("train", ["--category", "bottle", "--data-root", tmp_path / "no"], "curl"),
+        ("train", ["--dataset", "mnist", "--category", "3", "--data-root", empty], "--download"),
+        ("benchmark", ["--recipe", "none"], "no such recipe; there:"),
+        ("benchmark", ["--recipe", "../x"], "no such recipe"),
+        ("benchmark", ["--seeds", "a"], "--seeds"),
+        ("benchmark", ["--categories", "botle", "--data-root", parts], "botle"),
+        ("evaluate", ["--experiments-dir", out], "no finished run"),
+        ("predict", model, "none.pt: no such model"),
+        ("predict", [], "--model"),
+    ]  # fmt: skip
+    for name, words, expected in table:
+        code, printed, err = script(name, *words)
+        assert code == 2 and printed == "", (words, err)
+        assert expected in one_line_error(err)
+    assert not out.exists()
+
+
+def test_predict_refuses_what_is_not_there(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    model = folder_of(tmp_path) / "model.pt"
+    (tmp_path / "empty").mkdir()
+    for path, words in ((tmp_path / "none", "no such image"), (tmp_path / "empty", "no images")):
+        code, out, err = script("predict", "--model", model, "--images", path)
+        assert code == 2 and words in one_line_error(err) and out == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_write_permission_is_one_line(script, parts, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = script("train", *train_words(parts, tmp_path / "out"))
+    assert code == 2 and "check who may read and write" in one_line_error(err)
+
+
+def test_help_needs_no_torch_and_lists_every_field(script):
+    code = "import sys; sys.argv = ['train.py', '--help']; import runpy, atexit\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules))\n"
+    code += "runpy.run_path('scripts/train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False"
+    for name in FIELDS:
+        assert "--" + name.replace("_", "-") in done.stdout
+
+
+def test_digits_are_the_default_and_need_nothing(script, tmp_path):
+    flags = ["--steps=2", "--width=4", "--experiments-dir", tmp_path, "--download"]
+    code, out, _ = script("train", *flags)
+    assert code == 0 and out.startswith("0 seed 42: 1036 images trained on")

@@ -1,0 +1,298 @@
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ganomaly import training
+from ganomaly.config import Config
+from ganomaly.errors import UserError
+from ganomaly.networks import build, initialise
+from ganomaly.training import amp_dtype, train, update_average
+
+CPU = torch.device("cpu")
+SMALL = Config(
+    image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, checkpoint_every=3, amp="fp32"
+)
+
+
+class Memory:
+    """What train() needs of a run, kept in memory as bytes."""
+
+    def __init__(self, checkpoint: bytes | None = None):
+        self.checkpoint, self.saved, self.records = checkpoint, {}, []
+        self.progress = tqdm(disable=True)
+
+    def load(self):
+        content = self.checkpoint
+        return content and torch.load(io.BytesIO(content), weights_only=True)
+
+    def save(self, state):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.saved[state["step"]] = buffer.getvalue()
+
+    def log(self, record):
+        self.records.append(record)
+
+    def preview(self, step, generator):
+        pass
+
+
+def images(n=14, channels=3, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, 32, 32), dtype=torch.uint8, generator=rng)
+
+
+def weights(trained):
+    both = (trained.generator.state_dict(), trained.discriminator.state_dict())
+    return [value for state in both for value in state.values()]
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+def literal(config: Config, pixels: torch.Tensor):
+    """The algorithm written out plainly: equations 1 to 4, nothing shared but the networks."""
+    rng = torch.Generator().manual_seed(config.seed)
+    g, d = build(config)
+    initialise(g, rng)
+    initialise(d, rng)
+    average = {k: v.clone() for k, v in g.state_dict().items()}
+    adam = dict(lr=config.lr, betas=(config.beta1, 0.999), foreach=False)
+    opt_g, opt_d = (
+        torch.optim.Adam(g.parameters(), **adam),
+        torch.optim.Adam(d.parameters(), **adam),
+    )
+    order: list[int] = []
+    for step in range(1, config.steps + 1):
+        while len(order) < config.batch_size:
+            order += torch.randperm(len(pixels), generator=rng).tolist()
+        x = (pixels[order[: config.batch_size]].float() / 255 - 0.5) / 0.5
+        order = order[config.batch_size :]
+        z, x_hat, z_hat = g(x)
+        # BCE of a logit v against 1 is softplus(-v), against 0 softplus(v)
+        real, fake = d(x)[0], d(x_hat.detach())[0]
+        opt_d.zero_grad()
+        (0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())).backward()
+        opt_d.step()
+        f, f_hat = d(x)[1].detach(), d(x_hat)[1]
+        opt_g.zero_grad()
+        (
+            config.w_adv * ((f - f_hat) ** 2).mean()
+            + config.w_con * (x - x_hat).abs().mean()
+            + config.w_enc * ((z - z_hat) ** 2).mean()
+        ).backward()
+        opt_g.step()
+        decay = min(config.ema_decay, step / (step + 10))
+        for name, value in g.state_dict().items():
+            if value.is_floating_point():
+                average[name] = decay * average[name] + (1 - decay) * value
+    return g, d, average
+
+
+@pytest.mark.parametrize("ema_decay", (0.0, 0.2))
+def test_training_is_the_algorithm_written_out(ema_decay):
+    config = SMALL.replace(ema_decay=ema_decay)
+    trained = train(config, images(), CPU, Memory())
+    _, d, average = literal(config, images())
+    state = trained.generator.state_dict()
+    pairs = [(state[name], average[name]) for name in average if average[name].is_floating_point()]
+    pairs += [*zip(trained.discriminator.parameters(), d.parameters())]
+    apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
+    # A step moves a weight by about lr; rounding alone tells the two apart.
+    assert apart.mean() < 0.01 * config.lr
+
+
+def test_same_seed_same_bits_and_other_seed_other_weights():
+    first, again = (train(SMALL, images(), CPU, Memory()) for _ in range(2))
+    assert same(first, again)
+    assert not same(first, train(SMALL.replace(seed=1), images(), CPU, Memory()))
+
+
+@pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(amp):
+    config = SMALL.replace(amp=amp, steps=110, checkpoint_every=60)
+    whole = Memory()
+    expected = train(config, images(), CPU, whole)
+    assert sorted(whole.saved) == [60, 110]
+    resumed = Memory(whole.saved[60])
+    assert same(expected, train(config, images(), CPU, resumed))
+    # The losses logged at step 100 cover steps 51 to 100, ten of them before the checkpoint.
+    assert [r["step"] for r in resumed.records] == [100]
+    losses = [{k: r[k] for k in training.NAMES} for r in (resumed.records[0], whole.records[1])]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_checkpoint_is_not_trained_further():
+    whole = Memory()
+    expected = train(SMALL, images(), CPU, whole)
+    assert same(expected, train(SMALL, images(), CPU, Memory(whole.saved[6])))
+
+
+def test_a_checkpoint_of_other_images_is_refused():
+    whole = Memory()
+    train(SMALL, images(), CPU, whole)
+    with pytest.raises(UserError, match="training images changed"):
+        train(SMALL, images(seed=1), CPU, Memory(whole.saved[3]))
+
+
+def test_fp16_scales_both_losses_with_one_scaler(monkeypatch):
+    """The CUDA path for real: autocast to fp16 with a GradScaler, here the CPU's."""
+    config = SMALL.replace(amp="fp16", steps=5)
+    made = []
+    real = torch.amp.GradScaler
+
+    class Spy(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.calls = []
+            made.append(self)
+
+        def scale(self, loss):
+            self.calls.append("scale")
+            return super().scale(loss)
+
+        def step(self, optimizer):
+            self.calls.append("step")
+            return super().step(optimizer)
+
+        def update(self):
+            self.calls.append("update")
+            return super().update()
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Spy)
+    trained = train(config, images(), CPU, Memory())
+    scaler = made[0]
+    assert scaler.is_enabled() and scaler.get_scale() >= 1
+    assert scaler.calls == ["scale", "step", "scale", "step", "update"] * config.steps
+    assert all(value.isfinite().all() for value in weights(trained))
+
+
+def test_fp16_learns_what_fp32_learns():
+    config = SMALL.replace(steps=60)
+    losses = []
+    for amp in ("fp16", "fp32"):
+        memory = Memory()
+        train(config.replace(amp=amp), images(), CPU, memory)
+        losses.append(memory.records[0]["contextual"])
+    # The first steps of fp16 are skipped while the scale comes down from 65,536.
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch):
+    real = training.losses.contextual
+    steps, infinite_at = [], [0]
+
+    def infinite(x, x_hat):
+        steps.append(1)
+        if len(steps) == infinite_at[0]:  # a finite loss, an infinite gradient
+            x_hat.register_hook(lambda grad: grad * float("inf"))
+        return real(x, x_hat)
+
+    monkeypatch.setattr(training.losses, "contextual", infinite)
+    scales = []
+    for at in (0, 10):
+        steps.clear()
+        infinite_at[0] = at
+        memory = Memory()
+        trained = train(SMALL.replace(amp="fp16", steps=12), images(), CPU, memory)
+        assert all(value.isfinite().all() for value in weights(trained))
+        state = torch.load(io.BytesIO(memory.saved[12]), weights_only=True)
+        scales.append(state["scaler"]["scale"])
+    assert scales[1] == scales[0] / 2
+
+
+def test_average_follows_parameters_and_batchnorm_statistics():
+    torch.manual_seed(0)
+    average, model = (torch.nn.BatchNorm2d(3) for _ in range(2))
+    model(5 + 2 * torch.randn(8, 3, 4, 4))
+    torch.nn.init.constant_(model.weight, 3.0)
+    update_average(average, model, 0.75)
+    assert average.weight.tolist() == [1.5] * 3
+    assert torch.allclose(average.running_mean, 0.25 * model.running_mean)
+    assert torch.allclose(average.running_var, 0.75 + 0.25 * model.running_var)
+    assert average.num_batches_tracked == 0
+
+
+def test_without_decay_the_last_weights_are_scored_and_a_short_run_is_not_its_start():
+    memory = Memory()
+    trained = train(SMALL.replace(ema_decay=0.0), images(), CPU, memory)
+    last = torch.load(io.BytesIO(memory.saved[6]), weights_only=True)["generator"]
+    for name, value in trained.generator.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, last[name])
+    # decay .999 for 6 steps would keep 99 % of the initialisation
+    slow = train(SMALL.replace(ema_decay=0.999), images(), CPU, Memory())
+    start, _ = build(SMALL)
+    initialise(start, torch.Generator().manual_seed(SMALL.seed))
+    at = [n.decoder.layers[0].weight.detach() for n in (start, slow.generator, trained.generator)]
+    assert (at[1] - at[0]).norm() > 0.3 * (at[2] - at[0]).norm()
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypatch, bad):
+    calls = []
+    real = training.losses.encoder
+
+    def poisoned(z, z_hat):
+        calls.append(1)
+        return real(z, z_hat) * (bad if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(training.losses, "encoder", poisoned)
+    memory = Memory()
+    with pytest.raises(UserError, match=r"not finite at step 6 .*--lr.*checkpoint is kept"):
+        train(SMALL, images(), CPU, memory)
+    assert sorted(memory.saved) == [3]
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end():
+    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
+        memory = Memory()
+        train(SMALL.replace(checkpoint_every=every), images(), CPU, memory)
+        assert sorted(memory.saved) == expected
+
+
+def test_a_checkpoint_holds_all_that_goes_on():
+    memory = Memory()
+    train(SMALL.replace(amp="fp16"), images(), CPU, memory)
+    state = torch.load(io.BytesIO(memory.saved[3]), weights_only=True)
+    assert {"generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler"} < set(
+        state
+    )
+    assert {"batches", "step", "seconds", "sums", "images"} < set(state)
+    assert "encoder1.features.3.running_var" in state["average"]
+
+
+def test_fewer_images_than_a_batch_train():
+    trained = train(SMALL.replace(batch_size=32, steps=2), images(10), CPU, Memory())
+    assert all(value.isfinite().all() for value in weights(trained))
+
+
+def test_speed_counts_the_images_of_all_steps():
+    trained = train(SMALL, images(), CPU, Memory())
+    assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
+
+
+def test_amp_chooses_by_device():
+    assert amp_dtype("fp32", CPU) is None
+    assert amp_dtype("bf16", CPU) == torch.bfloat16
+    assert amp_dtype("fp16", CPU) == torch.float16
+    assert amp_dtype("auto", CPU) in (None, torch.bfloat16)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
+def test_cuda_trains_and_resumes(amp):
+    device = torch.device("cuda")
+    memory = Memory()
+    trained = train(SMALL.replace(amp=amp), images(), device, memory)
+    assert all(value.isfinite().all() for value in weights(trained))
+    resumed = train(SMALL.replace(amp=amp), images(), device, Memory(memory.saved[3]))
+    for a, b in zip(weights(trained), weights(resumed), strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
