@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 
 
 class UserError(Exception):
@@ -31,11 +32,18 @@ def describe(error: BaseException) -> str | None:
     return None
 
 
+def quiet(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands a full disk to the main thread; once is enough to tell it."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 def guard(main, argv: list[str] | None = None) -> int:
     """Run a script's main(argv); returns its exit code.
 
     0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C.
     """
+    threading.excepthook = quiet
     try:
         return main(argv) or 0
     except KeyboardInterrupt:

@@ -127,8 +127,9 @@ class Run:
 
         step = state["step"] if state else 0
         write_atomic(self.path("log.jsonl"), "".join(kept_lines(self.path("log.jsonl"), step)))
-        self.board = SummaryWriter(self.folder, purge_step=step + 1)
-        self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
+        with naming(self.folder):
+            self.board = SummaryWriter(self.folder, purge_step=step + 1)
+            self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
         return state
 
     def save(self, state: dict) -> None:
@@ -139,9 +140,10 @@ class Run:
         path = self.path("log.jsonl")
         with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for key in record.keys() - {"step"}:
-            group = "speed" if key == "images_per_second" else "loss"
-            self.board.add_scalar(f"{group}/{key}", record[key], step)
+        with naming(self.folder):
+            for key in record.keys() - {"step"}:
+                group = "speed" if key == "images_per_second" else "loss"
+                self.board.add_scalar(f"{group}/{key}", record[key], step)
         # The two that tell most, and short enough for a terminal
         text = f"loss_d {record['discriminator']:.4f}, l1 {record['contextual']:.4f}"
         speed = f"{record['images_per_second']:.0f} images/s"
@@ -155,8 +157,9 @@ class Run:
         device = next(generator.parameters()).device
         x = self.preview_images.to(device).float() / 127.5 - 1
         x_hat = generator.eval()(x)[1]
-        self.board.add_image("reconstructions", panel(x, x_hat), step)
-        self.board.flush()
+        with naming(self.folder):
+            self.board.add_image("reconstructions", panel(x, x_hat), step)
+            self.board.flush()
 
     # Results
 
@@ -183,12 +186,14 @@ class Run:
             groups = {"calibration": normal[name]}
             if len(labels):
                 groups |= {"good": values[labels == 0], "defective": values[labels == 1]}
-            for group, part in groups.items():
-                self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
+            with naming(self.folder):
+                for group, part in groups.items():
+                    self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
+            with naming(self.folder):
+                self.board.close()
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
