@@ -40,6 +40,8 @@ def use_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
+        # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
     return device
 
 
