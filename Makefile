@@ -14,7 +14,7 @@ which = $(call flag,DATASET,--dataset) $(call flag,CATEGORY,--category) $(call f
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help train benchmark evaluate predict board test clean
+.PHONY: help train benchmark evaluate predict board test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,8 +28,8 @@ train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT=
 	@$(PYTHON) scripts/train.py $(config) $(which) $(place)
 
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT=
-	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(call flag,EXPERIMENT,--experiment) \
-		$(call flag,DATASET,--dataset) $(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
+		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
 
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
@@ -41,11 +41,8 @@ predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPU
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"
 
-test: $(READY) ## ruff and pytest
-	@$(PYTHON) -m ruff check .
-	@$(PYTHON) -m ruff format --check .
+test: $(READY) ## ruff, where this Python has it, and pytest
+	@if $(PYTHON) -c "import ruff" 2>/dev/null; \
+		then $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .; \
+		else echo "no ruff with $(PYTHON): the code is not linted"; fi
 	@$(PYTHON) -m pytest
-
-clean: ## remove caches and experiments/local, not the environment
-	rm -rf experiments/local .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

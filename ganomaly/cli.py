@@ -7,10 +7,18 @@ import dataclasses
 import os
 from pathlib import Path
 
-from ganomaly.config import FIELDS, allowed, checked, is_name, nearest, parse_values, read_text
+from ganomaly.config import (
+    DATASET_DEFAULTS,
+    FIELDS,
+    ROOT,
+    allowed,
+    checked,
+    is_name,
+    nearest,
+    parse_values,
+    read_text,
+)
 from ganomaly.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,19 +38,19 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]!r}; {nearest(name, flags)}")
         return parsed
 
-    def add_config_flags(self, skip=()) -> None:
+    def add_config_flags(self) -> None:
         """--config and one flag a Config field, with dashes."""
         self.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
-        group = self.add_argument_group("config", "defaults in brackets; some datasets have others")
+        others = ", ".join(DATASET_DEFAULTS)
+        group = self.add_argument_group("config", f"[defaults]; {others} have some of their own")
         for name, key in FIELDS.items():
-            if name in skip:
-                continue
             choices = f": {allowed(key)}" if key.metadata["choices"] else ""
-            default = "" if key.default is None else f" [{key.default}]"
+            default = "" if name in ("dataset", "category") else f" [{key.default}]"
             group.add_argument(
-                "--" + name.replace("_", "-"), metavar=str(key.type).split()[0].upper(),
+                "--" + name.replace("_", "-"),
+                metavar=str(key.type).split()[0].upper(),
                 help=key.metadata["help"] + choices + default,
-            )  # fmt: skip
+            )
 
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ganomaly.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent  # the clone, which the scripts run from
 DATASETS = ("digits", "mnist", "cifar10", "mvtec", "folder")
 SCORES = ("latent", "latent_l1", "contextual", "feature", "latent_whitened")
 
@@ -36,7 +37,9 @@ def knob(default, help: str, *, low=None, high=None, above=None, below=None, cho
 class Config:
     """One run. Construction checks every value; UserError names the key and what is allowed."""
 
-    dataset: str = knob("mvtec", "where the images come from", choices=DATASETS)
+    dataset: str = knob(
+        "mvtec", "where the images come from; mvtec with a category, else digits", choices=DATASETS
+    )
     category: str | None = knob(
         None, "what is trained on: MVTec's name, a folder's, or the class that is the anomaly"
     )
@@ -101,7 +104,7 @@ FIELDS = {key.name: key for key in dataclasses.fields(Config)}
 
 def is_name(text: str) -> bool:
     """Whether text is one folder's name that cannot lead out of its parent."""
-    return text not in ("", ".", "..") and text.isprintable() and not set(text) & set("/\\\0")
+    return text not in ("", ".", "..") and text.isprintable() and not set(text) & set("/\\")
 
 
 def allowed(key: dataclasses.Field) -> str:
@@ -115,7 +118,7 @@ def allowed(key: dataclasses.Field) -> str:
 def checked(key: dataclasses.Field, value):
     """The value with its field's type; UserError names field, value and what is allowed."""
     kind, limits = str(key.type), key.metadata
-    if kind == "float" and type(value) is int:
+    if kind == "float" and type(value) is int and abs(value) < 1e300:
         value = float(value)
     names = {"int": "a whole number", "float": "a number"}
     types = {"int": int, "float": float}
@@ -142,7 +145,7 @@ def resolve(values: dict) -> Config:
 
     Without a dataset it is mvtec when a category is given, else the digits.
     """
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {k: v for k, v in values.items() if not (k == "category" and v is None)}
     dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")
     # A wrong dataset is Config's to refuse; unhashable ones come from JSON.
     defaults = DATASET_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {}

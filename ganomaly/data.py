@@ -6,20 +6,19 @@ comes from the name `good`, never from a sort order.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import functools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ganomaly.config import Config, nearest
 from ganomaly.errors import UserError
+from ganomaly.images import SUFFIXES, image_files, read_images, to_pixels
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -32,8 +31,6 @@ MVTEC_URL = (
 CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-AHEAD = 256  # images decoded before they are asked for
 MIN_CALIBRATION = MIN_TRAIN = 10
 
 
@@ -69,7 +66,8 @@ def check_class(config: Config) -> None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
     if config.category not in known:
         hint = nearest(config.category, known)
-        raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
+        other = "; --dataset folder takes any name" if config.dataset == "mvtec" else ""
+        raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}{other}")
 
 
 # Folders: MVTec AD's layout
@@ -90,15 +88,20 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if good.is_dir():
         return folder
     if config.dataset == "mvtec":
+        to = shlex.quote(str(root))
         mend = (
             "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0) with: "
-            f"mkdir -p {root} && curl -L {MVTEC_URL} | tar -xJ -C {root}"
+            f"mkdir -p {to} && curl -L {MVTEC_URL} | tar -xJ -C {to}"
         )
     else:
         mend = "put images of good parts there, or name another folder with --data-root"
-    there = sorted(p.parent.parent.name for p in root.glob("*/train/good"))
+    there = categories_in(root)
     also = f"; categories there: {', '.join(there)}" if there else ""
     raise UserError(f"no folder {good}{also}; {mend}")
+
+
+def categories_in(root: Path) -> list[str]:
+    return sorted(path.parent.parent.name for path in root.glob("*/train/good"))
 
 
 def categories_of(config: Config, data_root: Path | None) -> list[str]:
@@ -106,29 +109,28 @@ def categories_of(config: Config, data_root: Path | None) -> list[str]:
     if config.dataset != "folder":
         return list(CLASSES[config.dataset])
     root = data_root_of(config.dataset, data_root)
-    found = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
-    if not found:
+    if not (found := categories_in(root)):
         raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
     return found
 
 
-def missing_categories(config: Config, names: list[str], data_root: Path | None) -> dict[str, str]:
-    """Those of the categories whose folder is not there, with the reason."""
+def missing_categories(
+    config: Config, names: list[str], data_root: Path | None, download: bool = False
+) -> dict[str, str]:
+    """Those of the categories whose images are not there, with the reason."""
     missing = {}
-    for name in names if config.dataset in ("mvtec", "folder") else ():
+    for name in names:
+        one = config.replace(category=name)
+        if config.dataset != "folder":
+            check_class(one)
         try:
-            category_folder(config.replace(category=name), data_root)
+            if config.dataset in ("mvtec", "folder"):
+                category_folder(one, data_root)
+            else:
+                arrays(config.dataset, data_root_of(config.dataset, data_root), download)
         except UserError as error:
             missing[name] = str(error)
     return missing
-
-
-def image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
 
 
 def load_folder(config: Config, root: Path) -> Category:
@@ -138,7 +140,8 @@ def load_folder(config: Config, root: Path) -> Category:
     test = []
     if (folder / "test").is_dir():
         for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
-            test += [(path, sub.name) for path in image_files(sub)]
+            if not sub.name.startswith("."):
+                test += [(path, sub.name) for path in image_files(sub)]
         for kind, found in (
             ("images in test/good", any(defect == "good" for _, defect in test)),
             ("defective images in test/<defect>", any(defect != "good" for _, defect in test)),
@@ -162,70 +165,10 @@ def load_folder(config: Config, root: Path) -> Category:
     )
 
 
-def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
-        image = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
-    if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
-        image = image.convert("RGBA")
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.array(image)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
-    """uint8 (C, S, S), or the reason why the file cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return to_pixels(image, image_size, channels)
-    except Image.UnidentifiedImageError:
-        return "empty file" if path.stat().st_size == 0 else "not an image"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return getattr(error, "strerror", None) or str(error)
-
-
-def decode(paths: list[Path], image_size: int, channels: int):
-    """Yield read_image of every path, in order, decoded by threads a little ahead of the reader."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque = deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(read_image, path, image_size, channels))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
-    """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
-    pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
-    bad = []
-    results = decode(paths, image_size, channels)
-    for i, result in enumerate(
-        tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
-    ):
-        if isinstance(result, str):
-            bad.append(f"{paths[i]} ({result})")
-        else:
-            pixels[i] = torch.from_numpy(result)
-    if bad:
-        count = "1 image" if len(bad) == 1 else f"{len(bad)} images"
-        raise UserError(f"{count} cannot be read, mend or remove: {', '.join(bad)}")
-    return pixels
-
-
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)
 
 
+@functools.lru_cache(maxsize=1)  # a benchmark asks for the same ones for every class
 def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], np.ndarray]:
     """Images (h, w) or (h, w, 3) in uint8 and their class numbers, train and test pooled."""
     if dataset == "digits":
@@ -238,10 +181,11 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
         parts = [kind(root, train=train, download=download) for train in (True, False)]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, EOFError) as error:  # not there; there but damaged
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
-        mend = str(error).splitlines()[0] if download else "--download fetches it"
-        raise UserError(f"no {dataset} in {folder}; {mend}") from None
+        reason = str(error).splitlines()[0]
+        mend = reason if download else "--download fetches it"
+        raise UserError(f"no whole {dataset} in {folder}; {mend}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
     return images, np.concatenate([np.asarray(part.targets) for part in parts])
 

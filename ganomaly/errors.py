@@ -26,8 +26,12 @@ def describe(error: BaseException) -> str | None:
             errno.EROFS: "choose a folder that can be written to",
         }.get(error.errno, "")
         return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")
-    # By name, so that nobody pays for importing torch to hear of a wrong flag.
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    # By name and text, so that nobody pays for importing torch to hear of a wrong flag.
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    ):
         return "out of memory: halve --batch-size, or lower --image-size or --width"
     return None
 
@@ -48,7 +52,7 @@ def guard(main, argv: list[str] | None = None) -> int:
         return main(argv) or 0
     except KeyboardInterrupt:
         print(
-            "\ninterrupted: what was finished is kept, and the same command goes on from there",
+            "\ninterrupted: what was finished is kept; the same command, without --force, goes on",
             file=sys.stderr,
         )
         return 130

@@ -1,21 +1,18 @@
 """The experiment folder: config, log, checkpoint, model, scores, metrics, results tables.
 
 A run is experiments/<name>/<category>/seed<seed>/. Every file but the log and TensorBoard's is
-written to a temporary name, fsynced and renamed. A run is finished when metrics.json and model.pt
-are both there.
+whole or not there. A run is finished when metrics.json and model.pt are both there; model.pt is
+written last.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import io
 import json
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,51 +20,19 @@ from tqdm import tqdm
 
 from ganomaly import config as configuration
 from ganomaly.config import Config
+from ganomaly.data import to_input
 from ganomaly.errors import UserError
+from ganomaly.files import naming, read_torch, write_atomic, write_torch
+from ganomaly.results import METRICS, csv_text, results_csv, results_md
 
+# A run's files; of a killed process, then in the order in which a run is taken back: what is left
+# half removed is neither finished nor goes on under another config.
+OURS = (
+    ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
+    "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
+)  # fmt: skip
 SCRATCH = "local"  # the experiment of make train: runs of any config, ignored by git
 SEED = 42  # of a recipe's config.json
-
-
-@contextlib.contextmanager
-def naming(path: Path):
-    """A write that fails, on a full disk for one, says no file: say which."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_torch(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()  # so that a full disk is an OSError that names the file
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def csv_text(header: list[str], rows: list[list]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header, *rows])
-    return text.getvalue()
 
 
 class Run:
@@ -90,21 +55,20 @@ class Run:
     def check(self) -> None:
         """UserError where the folder holds a run of another config."""
         if self.path("config.json").is_file():
-            theirs = configuration.load(self.path("config.json"))
-            if changed := configuration.differences(self.config, theirs):
-                raise UserError(
-                    f"{self.folder} was made with another config: {', '.join(changed)}; "
-                    "--force trains it anew, --experiment NAME keeps both"
-                )
+            self.compare(configuration.load(self.path("config.json")))
+
+    def compare(self, theirs: Config) -> None:
+        if changed := configuration.differences(self.config, theirs):
+            raise UserError(
+                f"{self.folder} was made with another config: {', '.join(changed)}; "
+                "--force trains it anew, --experiment NAME keeps both"
+            )
 
     def begin(self, anew: bool) -> None:
         """Make the folder ready: nothing of an older run where `anew`."""
-        if anew and self.folder.is_dir():
-            # metrics.json first: what is left half removed is not finished.
-            for path in sorted(self.folder.iterdir(), key=lambda p: p.name != "metrics.json"):
+        for pattern in OURS if anew else OURS[:1]:
+            for path in self.folder.glob(pattern):
                 path.unlink()
-        for left in self.folder.glob(".*.tmp"):  # of a killed process
-            left.unlink()
         write_atomic(self.path("config.json"), self.config.to_json())
 
     # What train() calls
@@ -113,16 +77,17 @@ class Run:
         """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
         path, state = self.path("last.pt"), None
         if path.is_file():
-            content = path.read_bytes()
             try:
-                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            except Exception:  # whatever a damaged archive makes torch.load raise
+                state = read_torch(path)
+            except ValueError:
                 aside = path.with_name("last.damaged.pt")
                 os.replace(path, aside)
                 print(
                     f"warning: {path} is damaged; set aside as {aside.name}, training starts anew",
                     file=sys.stderr,
                 )
+        if state:
+            self.compare(configuration.from_json(state["config"], path))
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
         step = state["step"] if state else 0
@@ -133,7 +98,7 @@ class Run:
         return state
 
     def save(self, state: dict) -> None:
-        write_torch(self.path("last.pt"), state)
+        write_torch(self.path("last.pt"), {**state, "config": self.config.to_json()})
 
     def log(self, record: dict) -> None:
         step = record["step"]
@@ -154,8 +119,7 @@ class Run:
     @torch.no_grad()
     def preview(self, step: int, generator: torch.nn.Module) -> None:
         """Reconstructions of the preview images to TensorBoard."""
-        device = next(generator.parameters()).device
-        x = self.preview_images.to(device).float() / 127.5 - 1
+        x = to_input(self.preview_images, next(generator.parameters()).device)
         x_hat = generator.eval()(x)[1]
         with naming(self.folder):
             self.board.add_image("reconstructions", panel(x, x_hat), step)
@@ -222,21 +186,20 @@ def panel(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def check_recipe(experiment: Path, config: Config) -> None:
-    """A named experiment holds runs of one recipe; UserError where this config is another.
-
-    Its first run writes config.json, with seed 42 and no category.
-    """
+    """A named experiment holds runs of one recipe; UserError where this config is another."""
     path = experiment / "config.json"
     if experiment.name == SCRATCH or not path.is_file():
         return
-    ignore = ("dataset", "category", "seed", "checkpoint_every")
+    ignore = ("category", "seed", "checkpoint_every")
     if changed := configuration.differences(config, configuration.load(path), ignore):
         raise UserError(
-            f"{path} is another recipe: {', '.join(changed)}; choose another --experiment"
+            f"{path} is another recipe: {', '.join(changed)}; choose another --experiment, "
+            "or remove that file if it was a mistake"
         )
 
 
 def write_recipe(experiment: Path, config: Config) -> None:
+    """The first run of a named experiment leaves its config.json: seed 42, no category."""
     path = experiment / "config.json"
     if experiment.name != SCRATCH and not path.is_file():
         write_atomic(path, config.replace(category=None, seed=SEED).to_json())
@@ -248,25 +211,19 @@ def write_recipe(experiment: Path, config: Config) -> None:
 def read_metrics(path: Path) -> dict:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return {**metrics, "category": str(metrics["category"]), "seed": int(metrics["seed"])}
-    except (ValueError, KeyError, TypeError) as error:
+        missing = [key for key in METRICS if key not in metrics]
+    except (ValueError, TypeError) as error:
+        missing = [str(error)]
+    if missing:
         raise UserError(
-            f"{path}: not a metrics.json ({error}); --force trains the run anew"
-        ) from None
+            f"{path}: not a whole metrics.json ({missing[0]}); --force trains the run anew"
+        )
+    return metrics
 
 
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
-    from ganomaly.results import results_csv, results_md
-
-    found = [read_metrics(path) for path in sorted(experiment.glob("*/seed*/metrics.json"))]
+    found = [read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")]
     runs = sorted(found, key=lambda m: (m["seed"], m["category"]))
     write_atomic(experiment / "results.csv", results_csv(runs))
     write_atomic(experiment / "results.md", results_md(experiment.name, runs))
-
-
-def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
-    """Indices of up to `most` good and `most` defective images, evenly spread."""
-    groups = [np.flatnonzero(labels == label) for label in (0, 1)]
-    picks = [g[np.unique(np.linspace(0, len(g) - 1, most).round().astype(int))] for g in groups]
-    return np.concatenate(picks)

@@ -126,7 +126,7 @@ class Discriminator(nn.Module):
 def initialise(network: nn.Module, rng: torch.Generator) -> None:
     """Convolutions N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0 (the released code)."""
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02, generator=rng)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=rng)

@@ -9,21 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import sklearn  # noqa: F401  BLAS must be loaded before its threads can be limited
 import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ganomaly import data, experiment
-from ganomaly.cli import ROOT
-from ganomaly.config import Config
+from ganomaly.config import ROOT, SCORES, Config
 from ganomaly.data import Category
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
-from ganomaly.scoring import SCORES, Detector, calibrate
-from ganomaly.training import train
-
-CALIBRATED = (*SCORES, "latent_whitened")
+from ganomaly.files import write_json, write_torch
+from ganomaly.scoring import Detector
+from ganomaly.training import resolve_amp, train
 
 
 def use_device(name: str) -> torch.device:
@@ -67,6 +66,7 @@ def run_one(
     unless `force`, an unfinished one goes on from its checkpoint.
     """
     use_threads(config.threads)
+    config = resolved(config, device)
     origin = provenance(device, config)
     run = Run(folder, data.category_name(config, data_root), config)
     experiment.check_recipe(folder, config)
@@ -81,14 +81,15 @@ def run_one(
     experiment.write_recipe(folder, config)
     run.begin(anew=force)
     run.preview_images = category.calibration[:8]
-    own = tqdm(total=config.steps, desc=run.name, unit="step", disable=None)
+    own = tqdm(
+        total=config.steps, desc=run.name, unit="step", disable=None if progress is None else True
+    )
     run.progress = own if progress is None else progress
     try:
         trained = train(config, category.train, device, run)
         own.close()
         detector = Detector(trained.generator, trained.discriminator, config, device)
-        detector.calibration = calibrate(detector.raw(category.calibration), config.seed)
-        experiment.write_torch(run.path("model.pt"), detector.state())
+        detector.calibrate(category.calibration)
         write_samples(run, detector, category)
         training = {
             "train_seconds": round(trained.seconds, 2),
@@ -96,21 +97,26 @@ def run_one(
             "provenance": origin,
         }
         metrics = assess(run, detector, category, training)
+        # Last: with it the run is finished, and the metrics beside it are its own.
+        write_torch(run.path("model.pt"), detector.state())
+        experiment.write_results(folder)
     finally:
         own.close()
         run.close()
     return metrics, True
 
 
+def resolved(config: Config, device: torch.device) -> Config:
+    """The config with the precision that `auto` stands for on this device."""
+    return config.replace(amp=resolve_amp(config.amp, device))
+
+
 def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
-    """Score the test images; write scores.csv, metrics.json and the experiment's tables."""
-    scores = {name: torch.empty(0) for name in CALIBRATED}
+    """Score the test images; write scores.csv and metrics.json."""
     labels = category.test_labels
+    scores = {name: torch.empty(0) for name in SCORES}
     if len(labels):
         scores = detector.scores(category.test)
-    for name, values in scores.items():
-        if not values.isfinite().all():
-            raise UserError(f"{run.folder}: score {name} is not finite; lower --lr and --force")
     run.write_scores(category, scores)
     if run.board is not None:
         run.write_histograms(labels, scores, detector.calibration.scores)
@@ -126,8 +132,7 @@ def assess(run: Run, detector: Detector, category: Category, training: dict) -> 
         "n_test_defective": int(labels.sum()),
         **training,
     }
-    experiment.write_json(run.path("metrics.json"), metrics)
-    experiment.write_results(run.folder.parent.parent)
+    write_json(run.path("metrics.json"), metrics)
     return metrics
 
 
@@ -136,7 +141,7 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     from ganomaly import metrics
     from ganomaly.results import FIGURES
 
-    threshold, labels = detector.threshold(), category.test_labels
+    threshold, labels = detector.threshold, category.test_labels
     if not len(labels):
         figures = dict.fromkeys(FIGURES)
         return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
@@ -153,9 +158,16 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
 def write_samples(run: Run, detector: Detector, category: Category) -> None:
     pixels = category.calibration[:8]
     if len(category.test_labels):
-        pixels = category.test[torch.from_numpy(experiment.samples_of(category.test_labels))]
+        pixels = category.test[samples_of(category.test_labels)]
     o = detector.outputs(pixels)
     run.write_samples(o.x, o.x_hat)
+
+
+def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
+    """Indices of up to `most` good and `most` defective images, evenly spread."""
+    groups = [np.flatnonzero(labels == label) for label in (0, 1)]
+    picks = [g[np.unique(np.linspace(0, len(g) - 1, most).round().astype(int))] for g in groups]
+    return np.concatenate(picks)
 
 
 # Provenance

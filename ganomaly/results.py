@@ -9,12 +9,14 @@ import statistics
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.published import PUBLISHED
 
+SOURCE = ("category", "dataset", "seed", "score", "threshold", "scores", "provenance")
 FIGURES = (
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca",
 )  # fmt: skip
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
+METRICS = (*SOURCE, *FIGURES, *COUNTS, *TIMES)  # the keys of metrics.json
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
 
 
@@ -51,9 +53,8 @@ def mean_rows(rows: list[dict]) -> list[dict]:
 
 
 def mean_row(name: str, rows: list[dict]) -> dict:
-    means = {
-        key: statistics.fmean(row[key] for row in rows) for key in (*FIGURES, *score_columns(rows))
-    }
+    keys = [k for k in (*FIGURES, *score_columns(rows)) if all(k in row for row in rows)]
+    means = {key: statistics.fmean(row[key] for row in rows) for key in keys}
     first = rows[0]
     same = {key: first[key] for key in ("dataset", "score", "seed", "scores")}
     return {"category": name, **same, **means}
@@ -64,12 +65,15 @@ def results_csv(runs: list[dict]) -> str:
     rows = [flat(run) for run in runs]
     columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
     columns += [*FIGURES[2:], *score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
+    cells = [[row.get(column) for column in columns] for row in rows + mean_rows(rows)]
+    return csv_text(
+        columns, [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in cells]
+    )
+
+
+def csv_text(header: list[str], rows: list[list]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows + mean_rows(rows):
-        values = (row.get(column) for column in columns)
-        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
@@ -85,7 +89,9 @@ def results_md(name: str, runs: list[dict]) -> str:
     if not evaluated:
         return "\n".join(lines)
     means = mean_rows(rows)
-    shown = evaluated + [row for row in means if row["category"] != "Mean of 1"]
+    shown = evaluated + [
+        row for row in means if row["category"].split(" without")[0] != "Mean of 1"
+    ]
     published = PUBLISHED.get(evaluated[0]["dataset"], {}) if means else {}
     columns = {
         "AUROC": "auroc",

@@ -6,12 +6,11 @@ mates nor order, and scoring changes no buffer.
 
 from __future__ import annotations
 
-import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ganomaly import config as configuration
 from ganomaly.config import Config
 from ganomaly.data import to_input
 from ganomaly.errors import UserError
+from ganomaly.files import read_torch
 from ganomaly.networks import Discriminator, Generator, build
 
 BATCH = 64  # images a scoring pass; memory, not results, depends on it
@@ -86,7 +86,7 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     rng = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(raw.gaps), generator=rng)
     out_of_fold = torch.empty(len(order))
-    for fold in order.chunk(FOLDS):
+    for fold in order.tensor_split(FOLDS):
         others = order[~torch.isin(order, fold)]
         out_of_fold[fold] = whitened(raw.gaps[fold], *fit_whitening(raw.gaps[others]))
     scores = {**raw.scores, "latent_whitened": out_of_fold}
@@ -94,18 +94,18 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     return Calibration(mean, precision, {name: s.sort().values for name, s in scores.items()})
 
 
-def threshold_at(normal: Tensor, quantile: float) -> float:
-    """The score that a normal image stays at or under with probability `quantile`, or more.
+def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
+    """A threshold, and the share of normal images above it in the mean over draws of the n.
 
     normal: (n,) scores of normal images that neither training nor the statistics have seen. The
-    value of rank ceil((n + 1) quantile) gives at most 1 - quantile false alarms in the mean over
-    draws of the n (split conformal prediction); with fewer than quantile / (1 - quantile) images
-    there is no such rank, and the largest score gives 1 / (n + 1).
+    value of rank ceil((n + 1) quantile) has at most 1 - quantile above it (split conformal
+    prediction); with fewer than quantile / (1 - quantile) images there is no such rank, and the
+    largest score has 1 / (n + 1) above it.
     """
     n = len(normal)
     # Rounded first: (19 + 1) * .95 is 19.000000000000004 in floating point.
-    rank = min(n, int(np.ceil(round((n + 1) * quantile, 9))))
-    return float(normal.sort().values[rank - 1])
+    rank = min(n, math.ceil(round((n + 1) * quantile, 9)))
+    return float(normal.sort().values[rank - 1]), 1 - rank / (n + 1)
 
 
 @dataclass
@@ -117,6 +117,7 @@ class Detector:
     config: Config
     device: torch.device
     calibration: Calibration | None = None
+    threshold: float | None = None  # of the headline score
 
     def __post_init__(self):
         for network in (self.generator, self.discriminator):
@@ -127,13 +128,23 @@ class Detector:
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
         x = to_input(pixels, self.device)
-        z, x_hat, z_hat = self.generator(x)
-        _, f = self.discriminator(x)
-        _, f_hat = self.discriminator(x_hat)
+        with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
+            z, x_hat, z_hat = self.generator(x)
+            _, f = self.discriminator(x)
+            _, f_hat = self.discriminator(x_hat)
         return Outputs(x, x_hat, z, z_hat, f, f_hat)
 
+    def calibrate(self, pixels: Tensor) -> None:
+        """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
+        self.calibration = calibrate(self.raw(pixels), self.config.seed)
+        normal = self.calibration.scores[self.config.score]
+        self.threshold, _ = threshold_at(normal, self.config.quantile)
+
     def raw(self, pixels: Tensor) -> Raw:
-        """All uncalibrated scores of uint8 images (N, C, S, S), one pass."""
+        """All uncalibrated scores of uint8 images (N, C, S, S), one pass.
+
+        UserError where one is not finite, as of a network that diverged.
+        """
         scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         gaps = []
         for batch in pixels.split(BATCH):
@@ -141,18 +152,17 @@ class Detector:
             for name, function in SCORES.items():
                 scores[name].append(function(o).cpu())
             gaps.append((o.z - o.z_hat).double().cpu())
-        return Raw({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(gaps))
+        raw = Raw({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(gaps))
+        for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
+            if not values.isfinite().all():
+                raise UserError(f"{name} is not finite: the training diverged, lower --lr")
+        return raw
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
         raw = self.raw(pixels)
         c = self.calibration
         return {**raw.scores, "latent_whitened": whitened(raw.gaps, c.mean, c.precision)}
-
-    def threshold(self, quantile: float | None = None) -> float:
-        """Of the headline score, by the config's quantile of the calibration images."""
-        normal = self.calibration.scores[self.config.score]
-        return threshold_at(normal, quantile or self.config.quantile)
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""
@@ -161,24 +171,22 @@ class Detector:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "calibration": vars(self.calibration),
-            "threshold": self.threshold(),
+            "threshold": self.threshold,
         }
 
 
 def load_detector(path, device: torch.device) -> Detector:
     """The detector in a model.pt; UserError where the file is not one."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such model; make train writes model.pt files")
     try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such model; make train writes model.pt files") from None
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = read_torch(Path(path))
         config = configuration.from_json(state["config"])
         generator, discriminator = build(config)
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
-        calibration = Calibration(**state["calibration"])
-    except Exception as error:  # whatever other bytes make torch.load and the networks raise
+        calibration, threshold = Calibration(**state["calibration"]), float(state["threshold"])
+    except (ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a model.pt of this version: {reason}") from None
-    return Detector(generator, discriminator, config, device, calibration)
+    return Detector(generator, discriminator, config, device, calibration, threshold)

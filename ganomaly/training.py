@@ -21,6 +21,7 @@ from ganomaly.errors import UserError
 from ganomaly.networks import Discriminator, Generator, build, initialise
 
 TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
 NAMES = ("discriminator", "adversarial", "contextual", "encoder", "generator")
 
 
@@ -49,7 +50,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    amp = amp_dtype(config.amp, device)
+    amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     batches = Batches(to_device(images, device), config.batch_size, rng)
@@ -119,6 +120,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                     f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
                     "the last checkpoint is kept"
                 )
+            if save and not all_finite(generator, discriminator):
+                raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
         if tick:
@@ -144,12 +147,17 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(old, new, 1 - decay)
 
 
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type of autocast on this device; None is float32 throughout."""
-    if amp == "auto":
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if bf16 else torch.float16
-        cpu_has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if cpu_has else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
+def all_finite(*networks: nn.Module) -> bool:
+    """Whether every weight is finite; one wait for the device."""
+    weights = [p for network in networks for p in network.parameters()]
+    return bool(torch.stack([p.isfinite().all() for p in weights]).all())
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """What `auto` stands for: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has else "fp32"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import ROOT, Parser, add_place_flags, experiment_folder
-from ganomaly.config import Config, is_name, parse_values, read_text, resolve
+from ganomaly.cli import Parser, add_place_flags, experiment_folder
+from ganomaly.config import ROOT, Config, is_name, parse_values, read_text, resolve
 from ganomaly.errors import UserError, describe, guard
 
 
@@ -34,8 +34,9 @@ def main(argv=None) -> int:
 
     from ganomaly import data, experiment, pipeline
 
-    categories = args.categories or data.categories_of(base, args.data_root)
-    missing = data.missing_categories(base, categories, args.data_root)
+    one = [args.category] if args.category else None
+    categories = args.categories or one or data.categories_of(base, args.data_root)
+    missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and not args.skip_missing:
         raise UserError(
             f"data of {len(missing)} of {len(categories)} categories is missing "
@@ -50,8 +51,8 @@ def main(argv=None) -> int:
     ]
     if not jobs:
         raise UserError("no category left to do: all their data is missing")
-    experiment.check_recipe(folder, base)
     device = pipeline.use_device(args.device)
+    experiment.check_recipe(folder, pipeline.resolved(base, device))
 
     failed = {}
     with tqdm(total=len(jobs) * base.steps, unit="step", disable=None) as bar:

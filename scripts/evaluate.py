@@ -33,13 +33,16 @@ def main(argv=None) -> int:
     detector = scoring.load_detector(run.path("model.pt"), pipeline.use_device(args.device))
     config = detector.config
     for name, value in given.items():
-        if value is not None and value != getattr(config, name):
+        if value not in (None, "auto") and value != getattr(config, name):
             raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
     pipeline.use_threads(config.threads)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
     metrics = pipeline.assess(run, detector, category, training)
+    experiment.write_results(folder)
     print(results.summary(metrics))
+    changed = [key for key in metrics if metrics[key] != before[key]]
+    print("  changed   " + (", ".join(changed) or "nothing: the numbers are those of the run"))
     return 0
 
 

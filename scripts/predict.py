@@ -32,9 +32,11 @@ def main(argv=None) -> int:
     detector = scoring.load_detector(args.model, pipeline.use_device(args.device))
     pipeline.use_threads(detector.config.threads)
     paths = find_images(args.images)
-    threshold = detector.threshold()
+    threshold = detector.threshold
 
     text = io.StringIO() if args.output else sys.stdout
+    if hasattr(text, "reconfigure"):  # file names that are not UTF-8 keep their bytes
+        text.reconfigure(errors="surrogateescape")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "score", "threshold", "verdict"])
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
@@ -47,13 +49,14 @@ def main(argv=None) -> int:
             counts[verdict] += 1
             writer.writerow([path, f"{result:.9g}", f"{threshold:.9g}", verdict])
     if args.output:
-        from ganomaly.experiment import write_atomic
+        from ganomaly.files import write_atomic
 
         write_atomic(args.output, text.getvalue())
-    config = detector.config
+    normal = detector.calibration.scores[detector.config.score]
+    _, above = scoring.threshold_at(normal, detector.config.quantile)
     print(
-        f"{len(paths)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; the "
-        f"threshold of score {config.score} holds {config.quantile:.4g} of normal images",
+        f"{len(paths)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; of normal "
+        f"images {above:.1%} are expected above the threshold, by {len(normal)} held out",
         file=sys.stderr,
     )
     return 1 if counts["unreadable"] else 0
@@ -61,13 +64,14 @@ def main(argv=None) -> int:
 
 def find_images(inputs: list[Path]) -> list[Path]:
     """Files as given, and the images in folders and their sub-folders, sorted in each."""
-    from ganomaly.data import SUFFIXES
+    from ganomaly.images import SUFFIXES
 
     paths = []
     for path in inputs:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            inside = [p for p in inside if p.is_file() and not p.name.startswith(".")]
+            hidden = {p for p in inside if any(n[0] == "." for n in p.relative_to(path).parts)}
+            inside = [p for p in inside if p.is_file() and p not in hidden]
             if not inside:
                 raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
             paths += inside
@@ -84,7 +88,7 @@ def scored(detector, paths: list[Path]):
     import torch
     from tqdm import tqdm
 
-    from ganomaly.data import decode
+    from ganomaly.images import decode
     from ganomaly.scoring import BATCH
 
     config = detector.config

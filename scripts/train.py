@@ -32,7 +32,7 @@ def main(argv=None) -> int:
         config, folder, args.data_root, device, force=args.force, download=args.download
     )
     if not trained:
-        print("trained already; --force trains it anew")
+        print("trained already; --force trains it anew, on changed images for one")
     print(results.summary(metrics))
     print(f"  written   {folder / metrics['category'] / f'seed{config.seed}'}")
     return 0

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import data
+from ganomaly import data, images
 from ganomaly.config import Config, resolve
-from ganomaly.data import Batches, read_image, to_input
+from ganomaly.data import Batches, to_input
 from ganomaly.errors import UserError
+from ganomaly.images import read_image
 
 from .conftest import draw_category
 
@@ -21,7 +22,7 @@ def folder(category="parts", **values) -> Config:
 # Files
 
 
-@pytest.mark.parametrize("suffix", sorted(data.SUFFIXES) + [s.upper() for s in data.SUFFIXES])
+@pytest.mark.parametrize("suffix", sorted(images.SUFFIXES) + [s.upper() for s in images.SUFFIXES])
 @pytest.mark.parametrize("channels", (1, 3))
 def test_every_suffix_is_read(tmp_path, suffix, channels):
     path = tmp_path / f"image{suffix}"
@@ -30,7 +31,7 @@ def test_every_suffix_is_read(tmp_path, suffix, channels):
     assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
     expected = [124] if channels == 1 else [200, 100, 50]  # ITU-R 601: .299 R + .587 G + .114 B
     assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
-    assert data.image_files(tmp_path) == [path]
+    assert images.image_files(tmp_path) == [path]
 
 
 def grey(mode: str) -> Image.Image:
@@ -127,8 +128,8 @@ def test_shapes_types_and_counts(parts):
 
 
 def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
-    def as_set(images):
-        return {image.numpy().tobytes() for image in images}
+    def as_set(pixels):
+        return {image.numpy().tobytes() for image in pixels}
 
     first, again, other = (data.load(folder(seed=s), parts) for s in (1, 1, 2))
     assert torch.equal(first.calibration, again.calibration)
@@ -153,6 +154,8 @@ def test_other_files_are_ignored(tmp_path):
     (root / "train" / "good" / "._000.png").write_text("x")
     (root / "test" / "readme.txt").write_text("x")
     (root / "test" / "empty").mkdir()
+    draw_category(tmp_path / "more", n_train=0, n_good=0, defects=(".cache",))
+    (tmp_path / "more/test/.cache").rename(root / "test" / ".cache")
     assert len(data.load(folder(), tmp_path).test_labels) == 9
 
 
@@ -226,6 +229,18 @@ def test_digits_follow_the_paper_protocol(category):
     assert c.train.min() == 0 and c.train.max() == 255
 
 
+def test_no_normal_image_is_in_two_parts():
+    images_of = [np.full((8, 8), i, np.uint8) for i in range(200)]
+    classes = np.arange(200) % 10
+    c = data.load_one_class_out(resolve({"category": "4", "dataset": "digits"}), images_of, classes)
+    parts = [set(part.flatten(1)[:, 0].tolist()) for part in (c.train, c.calibration, c.test)]
+    assert sum(map(len, parts)) == 200 and set.union(*parts) == set(range(200))
+    assert all(
+        label == (int(path.split("/")[1]) % 10 == 4)
+        for path, label in zip(c.test_paths, c.test_labels)
+    )
+
+
 def test_digits_split_depends_on_the_seed():
     paths = [data.load(resolve({"seed": seed})).test_paths for seed in (1, 1, 2)]
     assert paths[0] == paths[1] != paths[2]
@@ -247,6 +262,32 @@ def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
     assert (len(c.train), len(c.calibration), len(c.test)) == (58, 14, 28)
     assert c.test_labels.sum() == 10 and (c.test[c.test_labels == 1] == 3).all()
     assert not (c.train == 3).any() and not (c.calibration == 3).any()
+    data.arrays.cache_clear()
+    (raw / "t10k-images-idx3-ubyte").write_bytes(b"")
+    with pytest.raises(UserError, match="no whole mnist"):
+        data.load(resolve({"dataset": "mnist", "category": "3"}), tmp_path)
+
+
+def test_cifar10_is_read_by_torchvision_from_its_own_files(tmp_path, monkeypatch):
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        labels = [i % 10 for i in range(20)]
+        planes = np.zeros((20, 3, 1024), np.uint8)
+        planes[:, 0] = np.array(labels)[:, None]  # the class in the red channel
+        content = {"data": planes.reshape(20, 3072), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(content))
+    c = data.load(resolve({"dataset": "cifar10", "category": "frog"}), tmp_path)
+    assert c.train.shape[1:] == (3, 32, 32)
+    assert (len(c.train), len(c.calibration), len(c.test)) == (69, 17, 34)
+    assert (c.test[c.test_labels == 1][:, 0] == data.CIFAR10.index("frog")).all()
+    assert not (c.train[:, 0] == 6).any() and (c.train[:, 1:] == 0).all()
 
 
 # Batches
@@ -254,8 +295,8 @@ def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (60, 64), (167, 16)])
 def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
-    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
-    batches = Batches(images, batch_size, torch.Generator().manual_seed(0))
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
+    batches = Batches(pixels, batch_size, torch.Generator().manual_seed(0))
     drawn = [batches.next() for _ in range(4 * n)]
     assert {len(batch) for batch in drawn} == {batch_size}
     stream = torch.cat(drawn).flatten()
@@ -265,12 +306,12 @@ def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
 
 
 def test_batches_go_on_exactly_from_their_state():
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
-    batches = Batches(images, 4, torch.Generator().manual_seed(0))
+    pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
+    batches = Batches(pixels, 4, torch.Generator().manual_seed(0))
     batches.next()
     state = batches.state_dict()
     expected = [batches.next() for _ in range(9)]
-    again = Batches(images, 4, torch.Generator())
+    again = Batches(pixels, 4, torch.Generator())
     again.load_state_dict(state)
     assert all(torch.equal(a, again.next()) for a in expected)
 
@@ -285,11 +326,11 @@ def test_to_input_spans_minus_one_to_one():
 def test_decode_keeps_order_and_a_bounded_lead(tmp_path, monkeypatch):
     for i in range(30):
         Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
-    monkeypatch.setattr(data, "AHEAD", 3)
+    monkeypatch.setattr(images, "AHEAD", 3)
     started = []
-    real = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda *a: started.append(a) or real(*a))
-    stream = data.decode(sorted(tmp_path.iterdir()), 32, 1)
+    real = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda *a: started.append(a) or real(*a))
+    stream = images.decode(sorted(tmp_path.iterdir()), 32, 1)
     assert next(stream)[0, 0, 0] == 0
     assert len(started) <= 4
     assert [int(pixels[0, 0, 0]) for pixels in stream] == list(range(1, 30))

@@ -11,7 +11,8 @@ from ganomaly import experiment
 from ganomaly.config import Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
-from ganomaly.pipeline import command
+from ganomaly.files import write_atomic
+from ganomaly.pipeline import command, samples_of
 from ganomaly.published import PUBLISHED
 from ganomaly.results import FIGURES, results_csv, results_md, summary
 
@@ -101,16 +102,23 @@ def test_f1_of_anomalib_is_that_of_calling_all_defective():
         assert figure == pytest.approx(2 * bad / (2 * bad + good), abs=0.001)
 
 
+def test_runs_from_before_a_score_was_added_still_make_a_table():
+    newer = run_metrics("cable", scores={"latent": 0.5, "feature": 0.5, "brand_new": 0.9})
+    rows = rows_of([run_metrics("bottle"), newer])
+    assert [row["auroc_brand_new"] for row in rows] == ["", "0.9", ""]
+    assert "brand_new" in results_md("x", [run_metrics("bottle"), newer])
+
+
 def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    experiment.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as error:
-        experiment.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     line = describe(error.value)
     assert str(path) in line and "free some space" in line
@@ -124,7 +132,7 @@ def test_log_goes_on_from_the_checkpoint_and_drops_a_half_written_line(tmp_path)
 
 def test_samples_are_spread_and_of_both_kinds():
     labels = np.array([1] * 30 + [0] * 3)
-    picked = experiment.samples_of(labels)
+    picked = samples_of(labels)
     assert picked.tolist()[:3] == [30, 31, 32] and len(picked) == 11
     assert picked[3] == 0 and picked[-1] == 29
 
@@ -141,12 +149,14 @@ def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
         experiment.check_recipe(tmp_path / "mine", other)
     assert "category" not in str(error.value) and "checkpoint" not in str(error.value)
     experiment.check_recipe(tmp_path / "mine", other.replace(steps=10))
+    with pytest.raises(UserError, match="dataset"):
+        experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="folder"))
 
 
 def test_edited_metrics_are_refused_by_name(tmp_path):
     path = tmp_path / "bottle" / "seed42" / "metrics.json"
     path.parent.mkdir(parents=True)
-    for text in ("", "[]", "{}", '{"category": "bottle"}'):
+    for text in ("", "[]", "{}", '{"category": "bottle", "seed": 42}', "3"):
         path.write_text(text)
         with pytest.raises(UserError, match="metrics.json"):
             experiment.write_results(tmp_path)

@@ -74,7 +74,7 @@ def test_initialisation_is_applied_and_no_convolution_has_a_bias(extra_layers):
     for network in (generator, Discriminator(64, 3, 32, extra_layers)):
         initialise(network, torch.Generator().manual_seed(0))
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 n = module.weight.numel()
                 assert module.bias is None
                 assert abs(module.weight.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * n)

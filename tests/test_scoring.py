@@ -39,7 +39,7 @@ def detector() -> Detector:
         x = images(16, seed) / 127.5 - 1
         generator(x), discriminator(x)
     ours = Detector(generator, discriminator, SMALL, CPU)
-    ours.calibration = calibrate(ours.raw(images(20, 9)), seed=42)
+    ours.calibrate(images(20, 9))
     return ours
 
 
@@ -95,9 +95,9 @@ def test_scores_are_their_formulas(detector):
 
 def test_scores_are_float32_whatever_the_training_precision(detector):
     assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
-    with torch.autocast("cpu", torch.bfloat16, enabled=False):
-        expected = detector.scores(images(2))
-    assert close(expected, detector.scores(images(2)))
+    expected = detector.scores(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(expected, detector.scores(images(2)))
 
 
 def gaps(n, dim, seed, scale=1.0):
@@ -136,28 +136,29 @@ def raw_of(normal: torch.Tensor) -> scoring.Raw:
 
 @pytest.mark.parametrize("n, dim", [(42, 100), (42, 20), (500, 20)])
 @pytest.mark.parametrize("quantile", (0.8, 0.95))
-def test_false_alarms_of_the_whitened_score_are_within_binomial_error_of_nominal(n, dim, quantile):
-    """Over many draws of the calibration images, as the rate of one draw has its own spread."""
-    draws, fresh = 40, 50
+def test_false_alarms_of_the_whitened_score_are_those_that_the_threshold_names(n, dim, quantile):
+    """Over many draws of calibration images, as the rate of one draw has its own spread."""
+    draws, fresh = 60, 50
     alarms = in_sample = 0
     for draw in range(draws):
-        everything = gaps(n + fresh, dim, seed=7)[torch.randperm(n + fresh, generator=seeded(draw))]
+        everything = gaps(n + fresh, dim, seed=draw)
         normal, test = everything[:n], everything[n:]
         calibration = calibrate(raw_of(normal), seed=draw)
-        threshold = threshold_at(calibration.scores["latent_whitened"], quantile)
+        threshold, named = threshold_at(calibration.scores["latent_whitened"], quantile)
         scores = whitened(test, calibration.mean, calibration.precision)
         alarms += int((scores > threshold).sum())
         fitted = whitened(normal, calibration.mean, calibration.precision)
-        in_sample += int((scores > threshold_at(fitted, quantile)).sum())
+        in_sample += int((scores > threshold_at(fitted, quantile)[0]).sum())
     trials = draws * fresh
-    nominal = 1 - quantile
     # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.
-    error = math.sqrt(quantile * nominal * (1 / trials + 1 / (draws * n)))
-    assert alarms / trials < nominal + 3 * error
-    if n == 500:  # enough images that four fifths fit as well as all
-        assert alarms / trials > nominal - 3 * error - 0.01
-    else:  # the same images for statistics and threshold: what the folds are for
-        assert in_sample / trials > nominal + 3 * error
+    error = math.sqrt(named * (1 - named) * (1 / trials + 1 / (draws * n)))
+    assert named <= 1 - quantile + 1e-9
+    assert alarms / trials < named + 3 * error
+    # Four fifths of few images fit worse than all of them, so fewer false alarms than named; with
+    # enough images the two agree. Half of the named rate says that defects are not given away.
+    assert alarms / trials > (named - 3 * error if n == 500 else named / 2 - 3 * error)
+    if n == 42:  # the same images for statistics and threshold: what the folds are for
+        assert in_sample / trials > named + 3 * error
 
 
 def seeded(seed):
@@ -170,7 +171,7 @@ def seeded(seed):
 )
 def test_threshold_is_the_conformal_rank(n, quantile, rank):
     scores = torch.arange(1, n + 1).float()[torch.randperm(n, generator=seeded(0))]
-    assert threshold_at(scores, quantile) == rank
+    assert threshold_at(scores, quantile) == (rank, 1 - rank / (n + 1))
 
 
 def test_folds_never_score_an_image_with_its_own_statistics():
@@ -187,7 +188,16 @@ def test_a_saved_detector_scores_the_same(detector, tmp_path):
     again = load_detector(tmp_path / "model.pt", CPU)
     expected, scores = detector.scores(images(7)), again.scores(images(7))
     assert all(torch.equal(expected[name], scores[name]) for name in expected)
-    assert again.threshold() == detector.threshold() and again.config == detector.config
+    assert again.threshold == detector.threshold and again.config == detector.config
+
+
+@pytest.mark.parametrize("n", (10, 11, 12, 16, 21, 42))
+def test_there_are_five_folds_of_equal_size(n, monkeypatch):
+    sizes = []
+    real = fit_whitening
+    monkeypatch.setattr(scoring, "fit_whitening", lambda g: sizes.append(len(g)) or real(g))
+    calibrate(raw_of(gaps(n, 3, 0)), seed=0)
+    assert len(sizes) == 6 and sizes[-1] == n and max(sizes[:5]) - min(sizes[:5]) <= 1
 
 
 class Malicious:
@@ -217,3 +227,15 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
     assert not (tmp_path / "pwned").exists()
     with pytest.raises(UserError, match="no such model"):
         load_detector(tmp_path / "none.pt", CPU)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
+    from ganomaly.pipeline import use_device
+
+    torch.save(detector.state(), tmp_path / "model.pt")
+    on_gpu = load_detector(tmp_path / "model.pt", use_device("cuda"))
+    expected, scores = detector.scores(images(30)), on_gpu.scores(images(30))
+    for name, values in expected.items():
+        assert torch.allclose(values, scores[name], rtol=1e-4), name

@@ -10,7 +10,7 @@ from ganomaly import training
 from ganomaly.config import Config
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
-from ganomaly.training import amp_dtype, train, update_average
+from ganomaly.training import AMP, resolve_amp, train, update_average
 
 CPU = torch.device("cpu")
 SMALL = Config(
@@ -62,7 +62,9 @@ def literal(config: Config, pixels: torch.Tensor):
     initialise(g, rng)
     initialise(d, rng)
     average = {k: v.clone() for k, v in g.state_dict().items()}
-    adam = dict(lr=config.lr, betas=(config.beta1, 0.999), foreach=False)
+    for network in (g, d):
+        network.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
+    adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     opt_g, opt_d = (
         torch.optim.Adam(g.parameters(), **adam),
         torch.optim.Adam(d.parameters(), **adam),
@@ -278,11 +280,28 @@ def test_speed_counts_the_images_of_all_steps():
     assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
 
 
-def test_amp_chooses_by_device():
-    assert amp_dtype("fp32", CPU) is None
-    assert amp_dtype("bf16", CPU) == torch.bfloat16
-    assert amp_dtype("fp16", CPU) == torch.float16
-    assert amp_dtype("auto", CPU) in (None, torch.bfloat16)
+def test_amp_auto_is_bf16_where_the_device_has_it(monkeypatch):
+    assert [resolve_amp(amp, CPU) for amp in AMP] == list(AMP)
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert resolve_amp("auto", CPU) == expected
+    for has, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert resolve_amp("auto", torch.device("cuda")) == expected
+
+
+def test_weights_that_are_not_finite_are_not_kept(monkeypatch):
+    monkeypatch.setattr(training, "update_average", lambda *a: nan_into(a[1]))
+
+    def nan_into(model):
+        with torch.no_grad():
+            model.encoder1.head.weight[0] = math.nan
+
+    memory = Memory()
+    with pytest.raises(UserError, match="not finite"):
+        train(SMALL.replace(checkpoint_every=1), images(), CPU, memory)
+    assert not memory.saved
 
 
 @pytest.mark.cuda

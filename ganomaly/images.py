@@ -1,0 +1,88 @@
+"""Image files of any kind -> square uint8 pixels, decoded by threads."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from ganomaly.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+AHEAD = 256  # images decoded before they are asked for
+
+
+def image_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+        image = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
+        image = image.convert("RGBA")
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.array(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
+    """uint8 (C, S, S), or the reason why the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return to_pixels(image, image_size, channels)
+    except Image.UnidentifiedImageError:
+        return "empty file" if path.stat().st_size == 0 else "not an image"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
+def decode(paths: list[Path], image_size: int, channels: int):
+    """Yield read_image of every path, in order, decoded by threads a little ahead of the reader."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: deque = deque()
+        try:
+            for path in paths:
+                waiting.append(pool.submit(read_image, path, image_size, channels))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
+    """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
+    pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
+    bad = []
+    results = decode(paths, image_size, channels)
+    for i, result in enumerate(
+        tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
+    ):
+        if isinstance(result, str):
+            bad.append(f"{paths[i]} ({result})")
+        else:
+            pixels[i] = torch.from_numpy(result)
+    if bad:
+        count = "1 image" if len(bad) == 1 else f"{len(bad)} images"
+        raise UserError(f"{count} cannot be read, mend or remove: {', '.join(bad)}")
+    return pixels
