@@ -113,15 +113,17 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
     write_atomic(path, "old")
 
-    def full(descriptor):
+    def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError) as error:
-        write_atomic(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    line = describe(error.value)
-    assert str(path) in line and "free some space" in line
+    for stage in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, stage, full)
+            with pytest.raises(OSError) as error:
+                write_atomic(path, "new")
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+        line = describe(error.value)
+        assert str(path) in line and "free some space" in line
 
 
 def test_log_goes_on_from_the_checkpoint_and_drops_a_half_written_line(tmp_path):

@@ -384,6 +384,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_training_starts_anew(script
     (folder / "last.pt").write_bytes(content[: len(content) // 2])
     code, _, err = script("train", *train_words(parts, tmp_path))
     assert code == 0 and "last.pt is damaged" in err
+    assert (folder / "last.damaged.pt").stat().st_size == len(content) // 2
     assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
 
 

@@ -105,8 +105,8 @@ def test_training_is_the_algorithm_written_out(ema_decay):
     pairs = [(state[name], average[name]) for name in average if average[name].is_floating_point()]
     pairs += [*zip(trained.discriminator.parameters(), d.parameters())]
     apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
-    # A step moves a weight by about lr; rounding alone tells the two apart.
-    assert apart.mean() < 0.01 * config.lr
+    # A step moves a weight by about lr; here rounding alone tells the two apart.
+    assert apart.mean() < 0.002 * config.lr
 
 
 def test_same_seed_same_bits_and_other_seed_other_weights():
