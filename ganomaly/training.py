@@ -36,9 +36,10 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one, run.log(record)
-    takes the mean losses of a tick, run.progress is a tqdm. Raises UserError when a loss is not
-    finite; the last checkpoint stays.
+    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one and
+    run.preview(step, generator) may look at it, run.log(record) takes the mean losses of a tick,
+    run.progress is a tqdm. Raises UserError when a loss or a weight is not finite; the last
+    checkpoint stays.
     """
     # Networks, optimisers, data: one random stream for initialisation and batches
     rng = torch.Generator().manual_seed(config.seed)
