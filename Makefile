@@ -11,6 +11,8 @@ flags = $(if $($(1)),$(2) $($(1)))
 place = $(call flag,DATA_ROOT,--data-root) $(call flag,DEVICE,--device) $(ARGS)
 which = $(call flag,DATASET,--dataset) $(call flag,CATEGORY,--category) $(call flag,SEED,--seed) \
 	$(call flag,EXPERIMENT,--experiment)
+lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
+	$(error make $@ takes CATEGORY= and SEED=, make benchmark the lists CATEGORIES= and SEEDS=))
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ help: ## list the targets
 	@touch $@
 
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
-	@$(PYTHON) scripts/train.py $(config) $(which) $(place)
+	$(lists)@$(PYTHON) scripts/train.py $(config) $(which) $(place)
 
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT=
 	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ganomaly.config import (
     ROOT,
     allowed,
     checked,
+    from_json,
     is_name,
     nearest,
     parse_values,
@@ -53,8 +55,16 @@ class Parser(argparse.ArgumentParser):
             )
 
     def given(self, args: argparse.Namespace) -> dict:
-        """The Config values of the command line: --config's, overridden by flags."""
-        values = parse_values(read_text(args.config), args.config) if args.config else {}
+        """The Config values of the command line: --config's, overridden by flags.
+
+        A --dataset other than the file's brings its own defaults, as its images are of other sizes.
+        """
+        values = {}
+        if args.config:
+            values = parse_values(read_text(args.config), args.config)
+            from_json(json.dumps(values), args.config)  # so that a wrong value names the file
+            if args.dataset not in (None, values.get("dataset")):
+                values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
         for name, key in FIELDS.items():
             text = getattr(args, name, None)
             if text is not None:

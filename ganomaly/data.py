@@ -7,7 +7,10 @@ comes from the name `good`, never from a sort order.
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config, nearest
+from ganomaly.config import Config, is_name, nearest
 from ganomaly.errors import UserError
-from ganomaly.images import SUFFIXES, image_files, read_images, to_pixels
+from ganomaly.images import SUFFIXES, image_files, note_others, read_images, to_pixels
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -53,6 +56,11 @@ def load(config: Config, data_root: Path | None = None, download: bool = False) 
     if config.dataset in ("mvtec", "folder"):
         return load_folder(config, root)
     check_class(config)
+    if config.dataset == "digits" and data_root is not None:
+        print(
+            "note: the digits need no --data-root; --category or --dataset folder takes images",
+            file=sys.stderr,
+        )
     return load_one_class_out(config, *arrays(config.dataset, root, download))
 
 
@@ -66,8 +74,11 @@ def check_class(config: Config) -> None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
     if config.category not in known:
         hint = nearest(config.category, known)
-        other = "; --dataset folder takes any name" if config.dataset == "mvtec" else ""
-        raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}{other}")
+        having = [dataset for dataset, names in CLASSES.items() if config.category in names]
+        others = ", ".join(having) + " has it" if having else "folder takes any name"
+        raise UserError(
+            f"category: {config.dataset} has no {config.category!r}; {hint}; --dataset {others}"
+        )
 
 
 # Folders: MVTec AD's layout
@@ -75,7 +86,10 @@ def check_class(config: Config) -> None:
 
 def category_name(config: Config, data_root: Path | None) -> str:
     """The name of a run's category: the root's own name where the root itself is the category."""
-    return config.category or data_root_of(config.dataset, data_root).resolve().name
+    name = config.category or data_root_of(config.dataset, data_root).resolve().name
+    if not is_name(name):
+        raise UserError(f"--data-root: {name!r} cannot name a run's folder; rename it")
+    return name
 
 
 def category_folder(config: Config, data_root: Path | None) -> Path:
@@ -95,6 +109,9 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
         )
     else:
         mend = "put images of good parts there, or name another folder with --data-root"
+    deeper = sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good"))
+    if deeper:
+        mend = f"there is one for --data-root {deeper[0].parent.parent.parent}"
     there = categories_in(root)
     also = f"; categories there: {', '.join(there)}" if there else ""
     raise UserError(f"no folder {good}{also}; {mend}")
@@ -133,6 +150,21 @@ def missing_categories(
     return missing
 
 
+def train_files(config: Config, data_root: Path | None) -> str | None:
+    """A hash of the training files' names and sizes; None where there is no such folder.
+
+    Cheap enough to tell a finished run's images from others of the same name.
+    """
+    if config.dataset not in ("mvtec", "folder"):
+        return None
+    try:
+        files = image_files(category_folder(config, data_root) / "train" / "good")
+    except UserError:
+        return None
+    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
     train = image_files(folder / "train" / "good")
@@ -151,6 +183,7 @@ def load_folder(config: Config, root: Path) -> Category:
                     f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
                     "add some, or take test/ away to train and calibrate only"
                 )
+    note_others(folder, folder.glob("t*/*/*"))
     paths = train + [path for path, _ in test]
     pixels = read_images(paths, config.image_size, config.channels)
     kept, held_out = split_calibration(len(train), config)
@@ -183,7 +216,7 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
         parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, ValueError, EOFError) as error:  # not there; there but damaged
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         mend = reason if download else "--download fetches it"
         raise UserError(f"no whole {dataset} in {folder}; {mend}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
@@ -234,9 +267,11 @@ def check_train_size(n: int, config: Config, where) -> None:
     if n == 0:
         raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
+        least = held_out == MIN_CALIBRATION
+        mend = f"at least {MIN_TRAIN + held_out} are needed" if least else "lower its fraction"
         raise UserError(
             f"{where}: {n} training images; calibration takes {held_out} and training needs "
-            f"{MIN_TRAIN}: add images or lower --calibration-fraction"
+            f"{MIN_TRAIN}: {mend}"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 import threading
 
@@ -26,6 +28,8 @@ def describe(error: BaseException) -> str | None:
             errno.EROFS: "choose a folder that can be written to",
         }.get(error.errno, "")
         return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
+        return f"{error.name} is not installed: python3 -m pip install -r requirements.txt"
     # By name and text, so that nobody pays for importing torch to hear of a wrong flag.
     if (
         type(error).__name__ == "OutOfMemoryError"
@@ -34,6 +38,21 @@ def describe(error: BaseException) -> str | None:
     ):
         return "out of memory: halve --batch-size, or lower --image-size or --width"
     return None
+
+
+@contextlib.contextmanager
+def leaving_at_once():
+    """Around imports, where Ctrl-C inside of an extension module becomes any other error."""
+
+    def leave(*_):
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def quiet(failure: threading.ExceptHookArgs) -> None:
@@ -48,13 +67,14 @@ def guard(main, argv: list[str] | None = None) -> int:
     0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C.
     """
     threading.excepthook = quiet
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no file name may stop a run at its last line
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         return main(argv) or 0
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: what was finished is kept; the same command, without --force, goes on",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interruption:
+        print("\n" + ": ".join(["interrupted", *interruption.args]), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe has gone; keep the interpreter from flushing into it at exit.

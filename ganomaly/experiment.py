@@ -44,6 +44,7 @@ class Run:
         self.progress: tqdm = tqdm(disable=True)  # the caller's bar, where there is one
         self.preview_images: Tensor | None = None  # uint8, for TensorBoard's reconstructions
         self.board = None
+        self.step = 0  # of the last checkpoint
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -87,10 +88,12 @@ class Run:
                     file=sys.stderr,
                 )
         if state:
-            self.compare(configuration.from_json(state["config"], path))
+            self.compare(configuration.from_json(state.get("config", "{}"), path))
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
-        step = state["step"] if state else 0
+        self.step = step = state["step"] if state else 0
+        if step:
+            print(f"{self.name}: going on from step {step}", file=sys.stderr)
         write_atomic(self.path("log.jsonl"), "".join(kept_lines(self.path("log.jsonl"), step)))
         with naming(self.folder):
             self.board = SummaryWriter(self.folder, purge_step=step + 1)
@@ -99,6 +102,14 @@ class Run:
 
     def save(self, state: dict) -> None:
         write_torch(self.path("last.pt"), {**state, "config": self.config.to_json()})
+        self.step = state["step"]
+
+    def skip(self, steps: int) -> None:
+        """Steps that are done already: they are no part of the speed."""
+        if not self.progress.disable:
+            self.progress.initial += steps
+            self.progress.n += steps
+            self.progress.refresh()
 
     def log(self, record: dict) -> None:
         step = record["step"]
@@ -162,13 +173,13 @@ class Run:
 
 def kept_lines(path: Path, step: int) -> list[str]:
     """The lines of a log up to a step; a half-written last one is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             pass
     return kept
 
@@ -216,14 +227,19 @@ def read_metrics(path: Path) -> dict:
         missing = [str(error)]
     if missing:
         raise UserError(
-            f"{path}: not a whole metrics.json ({missing[0]}); --force trains the run anew"
+            f"{path}: not a whole metrics.json ({missing[0]}); remove it, and the command of that "
+            "run makes it again"
         )
     return metrics
 
 
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
-    found = [read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")]
-    runs = sorted(found, key=lambda m: (m["seed"], m["category"]))
-    write_atomic(experiment / "results.csv", results_csv(runs))
-    write_atomic(experiment / "results.md", results_md(experiment.name, runs))
+    found = {path: read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")}
+    runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
+    # Means are of runs of one config; `local` may hold others.
+    configs = [configuration.load(path.with_name("config.json")) for path in found]
+    ignore = ("category", "seed", "checkpoint_every")
+    alike = not any(configuration.differences(c, configs[0], ignore) for c in configs)
+    write_atomic(experiment / "results.csv", results_csv(runs, alike))
+    write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike))

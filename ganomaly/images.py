@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+import sys
+import warnings
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,24 @@ from tqdm import tqdm
 from ganomaly.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+NOT_READ = {
+    ".gif",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".jxl",
+    ".raw",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".dng",
+}
 AHEAD = 256  # images decoded before they are asked for
+
+
+# Of large images and of odd camera tags Pillow warns; neither is news to who took them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -27,13 +46,23 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
+def note_others(folder: Path, paths) -> None:
+    """Say which files of a folder are not read for their suffix: .heic photographs, for one."""
+    found = Counter(suffix for p in paths if (suffix := p.suffix.lower()) in NOT_READ)
+    if found:
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(found.items()))
+        print(f"note: not read in {folder}: {kinds}; convert them to png", file=sys.stderr)
+
+
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65_535:
+            raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
         image = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
     if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
         image = image.convert("RGBA")

@@ -73,10 +73,14 @@ def run_one(
     if not force:
         run.check()
         if run.finished:
+            metrics = experiment.read_metrics(run.path("metrics.json"))
+            check_train_files(metrics, config, data_root)
             experiment.write_results(folder)
             if progress is not None:
-                progress.update(config.steps)
-            return experiment.read_metrics(run.path("metrics.json")), False
+                run.progress = progress
+                run.skip(config.steps)
+            return metrics, False
+    origin["train_files"] = data.train_files(config, data_root)
     category = data.load(config, data_root, download)
     experiment.write_recipe(folder, config)
     run.begin(anew=force)
@@ -100,10 +104,24 @@ def run_one(
         # Last: with it the run is finished, and the metrics beside it are its own.
         write_torch(run.path("model.pt"), detector.state())
         experiment.write_results(folder)
+    except KeyboardInterrupt:
+        goes_on = f"from step {run.step}" if run.step else "from the start"
+        raise KeyboardInterrupt(f"the same command, without --force, goes on {goes_on}") from None
     finally:
         own.close()
         run.close()
     return metrics, True
+
+
+def check_train_files(metrics: dict, config: Config, data_root: Path | None) -> None:
+    """UserError where a finished run was trained on other images than those that are there now."""
+    before, now = metrics["provenance"].get("train_files"), data.train_files(config, data_root)
+    if before and now and before != now:
+        raise UserError(
+            f"{metrics['category']} seed {config.seed}: trained on other images than those in "
+            f"{data.category_folder(config, data_root)} now; --force trains it anew, "
+            "--experiment NAME keeps both"
+        )
 
 
 def resolved(config: Config, device: torch.device) -> Config:

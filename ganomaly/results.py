@@ -33,12 +33,9 @@ def score_columns(rows: list[dict]) -> list[str]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean a seed over the evaluated categories, with and without screw.
 
-    Named Mean only over a data set's whole list of categories, else `Mean of k`; none over runs
-    of several data sets or headline scores.
+    Named Mean only over a data set's whole list of categories, else `Mean of k`.
     """
     rows = [row for row in rows if row["auroc"] is not None]
-    if len({(row["dataset"], row["score"]) for row in rows}) != 1:
-        return []
     means = []
     for seed in sorted({row["seed"] for row in rows}):
         of_seed = [row for row in rows if row["seed"] == seed]
@@ -60,12 +57,13 @@ def mean_row(name: str, rows: list[dict]) -> dict:
     return {"category": name, **same, **means}
 
 
-def results_csv(runs: list[dict]) -> str:
-    """A row a run, then the means; figures to six digits."""
+def results_csv(runs: list[dict], alike: bool = True) -> str:
+    """A row a run, then the means where the runs are alike; figures to six digits."""
     rows = [flat(run) for run in runs]
     columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
     columns += [*FIGURES[2:], *score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
-    cells = [[row.get(column) for column in columns] for row in rows + mean_rows(rows)]
+    means = mean_rows(rows) if alike else []
+    cells = [[row.get(column) for column in columns] for row in rows + means]
     return csv_text(
         columns, [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in cells]
     )
@@ -77,8 +75,11 @@ def csv_text(header: list[str], rows: list[list]) -> str:
     return text.getvalue()
 
 
-def results_md(name: str, runs: list[dict]) -> str:
-    """The table for people: mean +- standard deviation over seeds, published figures beside."""
+def results_md(name: str, runs: list[dict], alike: bool = True) -> str:
+    """The table for people: mean +- standard deviation over seeds, published figures beside.
+
+    Runs that are not alike, of several configs, stand in a row each.
+    """
     rows = [flat(run) for run in runs]
     evaluated = [row for row in rows if row["auroc"] is not None]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
@@ -88,7 +89,10 @@ def results_md(name: str, runs: list[dict]) -> str:
         lines += [f"Trained and calibrated, nothing to evaluate: {', '.join(left_out)}.", ""]
     if not evaluated:
         return "\n".join(lines)
-    means = mean_rows(rows)
+    means = mean_rows(rows) if alike else []
+    if not alike:
+        for row in evaluated:
+            row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
     shown = evaluated + [
         row for row in means if row["category"].split(" without")[0] != "Mean of 1"
     ]
@@ -128,7 +132,8 @@ def table(columns: dict, rows: list[dict], published: dict) -> list[str]:
             else:
                 values = [r[key] for r in rows if r["category"] == category and key in r]
                 cells.append(spread(values))
-        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+        name = category.replace("|", "\\|")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ganomaly import config as configuration
 from ganomaly.config import Config
@@ -147,7 +148,8 @@ class Detector:
         """
         scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         gaps = []
-        for batch in pixels.split(BATCH):
+        batches = pixels.split(BATCH)
+        for batch in tqdm(batches, "scoring", leave=False, disable=None, delay=2):
             o = self.outputs(batch)
             for name, function in SCORES.items():
                 scores[name].append(function(o).cpu())
@@ -186,7 +188,13 @@ def load_detector(path, device: torch.device) -> Detector:
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
         calibration, threshold = Calibration(**state["calibration"]), float(state["threshold"])
-    except (ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a model.pt of this version: {reason}") from None
+        whitened(
+            torch.zeros(1, config.latent_dim).double(), calibration.mean, calibration.precision
+        )
+        if calibration.scores.keys() != set(configuration.SCORES):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):
+        raise UserError(
+            f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
+        ) from None
     return Detector(generator, discriminator, config, device, calibration, threshold)

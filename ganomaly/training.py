@@ -38,8 +38,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     run.load() gives a checkpoint to go on from or None, run.save(state) keeps one and
     run.preview(step, generator) may look at it, run.log(record) takes the mean losses of a tick,
-    run.progress is a tqdm. Raises UserError when a loss or a weight is not finite; the last
-    checkpoint stays.
+    run.progress is a tqdm and run.skip(steps) moves it past what was done before. Raises UserError
+    when a loss or a weight is not finite; the last checkpoint stays.
     """
     # Networks, optimisers, data: one random stream for initialisation and batches
     rng = torch.Generator().manual_seed(config.seed)
@@ -66,12 +66,15 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     if (state := run.load()) is not None:
         if state["images"] != fingerprint:
             raise UserError("the training images changed since the checkpoint; --force starts anew")
-        for name, part in parts.items():
-            if state[name]:  # empty: a scaler that was not needed
-                part.load_state_dict(state[name])
-        sums.copy_(state["sums"])
+        try:
+            for name, part in parts.items():
+                if state[name]:  # empty: a scaler that was not needed
+                    part.load_state_dict(state[name])
+            sums.copy_(state["sums"])
+        except (KeyError, RuntimeError, ValueError):
+            raise UserError("the checkpoint is of other code; --force starts anew") from None
         step, seconds = state["step"], state["seconds"]
-        run.progress.update(step)
+        run.skip(step)
 
     start = time.perf_counter()
     while step < config.steps:

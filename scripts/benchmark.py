@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_place_flags, experiment_folder
-from ganomaly.config import ROOT, Config, is_name, parse_values, read_text, resolve
-from ganomaly.errors import UserError, describe, guard
+from ganomaly.config import ROOT, Config, is_name, resolve
+from ganomaly.errors import UserError, describe, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -30,9 +30,10 @@ def main(argv=None) -> int:
     base = resolve({**recipe_values(parser, args), "category": None})
     folder = experiment_folder(args, args.experiment or args.recipe)
 
-    from tqdm import tqdm
+    with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
+        from tqdm import tqdm
 
-    from ganomaly import data, experiment, pipeline
+        from ganomaly import data, experiment, pipeline
 
     one = [args.category] if args.category else None
     categories = args.categories or one or data.categories_of(base, args.data_root)
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
         for category in categories
     ]
     if not jobs:
-        raise UserError("no category left to do: all their data is missing")
+        raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
     device = pipeline.use_device(args.device)
     experiment.check_recipe(folder, pipeline.resolved(base, device))
 
@@ -88,15 +89,13 @@ def main(argv=None) -> int:
 
 
 def recipe_values(parser: Parser, args) -> dict:
-    """The recipe's values, then --config's or the flags' over them."""
-    values = {}
+    """The values of --config, else of the recipe, with the flags' over them."""
     if args.config is None:
-        path = ROOT / "experiments" / args.recipe / "config.json"
-        if not is_name(args.recipe) or not path.is_file():
-            there = sorted(p.parent.name for p in path.parent.parent.glob("*/config.json"))
+        args.config = ROOT / "experiments" / args.recipe / "config.json"
+        if not is_name(args.recipe) or not args.config.is_file():
+            there = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/config.json"))
             raise UserError(f"--recipe {args.recipe}: no such recipe; there: {', '.join(there)}")
-        values = parse_values(read_text(path), path)
-    return {**values, **parser.given(args)}
+    return parser.given(args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_place_flags, experiment_folder
 from ganomaly.config import resolve
-from ganomaly.errors import UserError, guard
+from ganomaly.errors import UserError, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -24,11 +24,15 @@ def main(argv=None) -> int:
     asked = resolve(given)
     folder = experiment_folder(args, args.experiment)
 
-    from ganomaly import data, experiment, pipeline, results, scoring
+    with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
+        from ganomaly import data, experiment, pipeline, results, scoring
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
     if not run.finished:
-        raise UserError(f"{run.folder}: no finished run there; make train makes one")
+        raise UserError(
+            f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
+            "metrics.json; train it into this experiment first"
+        )
     before = experiment.read_metrics(run.path("metrics.json"))
     detector = scoring.load_detector(run.path("model.pt"), pipeline.use_device(args.device))
     config = detector.config
@@ -36,6 +40,7 @@ def main(argv=None) -> int:
         if value not in (None, "auto") and value != getattr(config, name):
             raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
     pipeline.use_threads(config.threads)
+    pipeline.check_train_files(before, config, args.data_root)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
     metrics = pipeline.assess(run, detector, category, training)

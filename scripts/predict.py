@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser
-from ganomaly.errors import UserError, guard
+from ganomaly.errors import UserError, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -27,16 +27,16 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = parser.parse_args(argv)
 
-    from ganomaly import pipeline, scoring
+    with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
+        from ganomaly import pipeline, scoring
 
     detector = scoring.load_detector(args.model, pipeline.use_device(args.device))
     pipeline.use_threads(detector.config.threads)
     paths = find_images(args.images)
+    check_output(args.output, [args.model, *paths])
     threshold = detector.threshold
 
     text = io.StringIO() if args.output else sys.stdout
-    if hasattr(text, "reconfigure"):  # file names that are not UTF-8 keep their bytes
-        text.reconfigure(errors="surrogateescape")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "score", "threshold", "verdict"])
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
@@ -49,14 +49,13 @@ def main(argv=None) -> int:
             counts[verdict] += 1
             writer.writerow([path, f"{result:.9g}", f"{threshold:.9g}", verdict])
     if args.output:
-        from ganomaly.files import write_atomic
-
-        write_atomic(args.output, text.getvalue())
+        write_output(args.output, text.getvalue())
     normal = detector.calibration.scores[detector.config.score]
     _, above = scoring.threshold_at(normal, detector.config.quantile)
     print(
         f"{len(paths)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; of normal "
-        f"images {above:.1%} are expected above the threshold, by {len(normal)} held out",
+        f"images {above:.1%} are expected above the threshold, by {len(normal)} held out"
+        + (f"; written to {args.output}" if args.output else ""),
         file=sys.stderr,
     )
     return 1 if counts["unreadable"] else 0
@@ -64,7 +63,7 @@ def main(argv=None) -> int:
 
 def find_images(inputs: list[Path]) -> list[Path]:
     """Files as given, and the images in folders and their sub-folders, sorted in each."""
-    from ganomaly.images import SUFFIXES
+    from ganomaly.images import SUFFIXES, note_others
 
     paths = []
     for path in inputs:
@@ -75,11 +74,33 @@ def find_images(inputs: list[Path]) -> list[Path]:
             if not inside:
                 raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
             paths += inside
-        elif path.exists():
+            note_others(path, path.rglob("*"))
+        elif path.is_file():
             paths.append(path)
         else:
             raise UserError(f"{path}: no such image or folder")
     return paths
+
+
+def check_output(output: Path | None, inputs: list[Path]) -> None:
+    """Before an hour of scoring, not behind it."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise UserError(f"--output {output}: is an input of this command; name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_output(output: Path, text: str) -> None:
+    """Whole or not at all; through a link to its target, into a pipe or device as it is."""
+    from ganomaly.files import write_atomic
+
+    if output.exists() and not output.is_file():
+        output.write_text(text, encoding="utf-8", errors="surrogateescape")
+    else:
+        write_atomic(output.resolve(), text)
 
 
 def scored(detector, paths: list[Path]):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_place_flags, experiment_folder
 from ganomaly.config import resolve
-from ganomaly.errors import guard
+from ganomaly.errors import guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -25,14 +25,15 @@ def main(argv=None) -> int:
     config = resolve(parser.given(args))
     folder = experiment_folder(args, args.experiment)
 
-    from ganomaly import pipeline, results  # late: --help and a wrong flag don't wait for torch
+    with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
+        from ganomaly import pipeline, results
 
     device = pipeline.use_device(args.device)
     metrics, trained = pipeline.run_one(
         config, folder, args.data_root, device, force=args.force, download=args.download
     )
     if not trained:
-        print("trained already; --force trains it anew, on changed images for one")
+        print("trained already; --force trains it anew")
     print(results.summary(metrics))
     print(f"  written   {folder / metrics['category'] / f'seed{config.seed}'}")
     return 0

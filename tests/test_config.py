@@ -56,6 +56,22 @@ def test_flags_override_a_config_file(tmp_path):
     assert (config.steps, config.width, config.category) == (20, 8, "bottle")
 
 
+def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
+    path = tmp_path / "saved.json"
+    path.write_text(Config(category="bottle", lr=1e-3).to_json())
+    config = parsed("--config", str(path), "--dataset", "mnist", "--category", "3")
+    assert (config.image_size, config.channels, config.steps) == (32, 1, 11_800)
+    assert config.lr == 1e-3 and config.category == "3"
+    assert parsed("--config", str(path), "--dataset", "mvtec").image_size == 64
+
+
+def test_a_wrong_value_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "saved.json"
+    path.write_text('{"steps": "5"}')
+    with pytest.raises(UserError, match=r"saved\.json: steps"):
+        parsed("--config", str(path))
+
+
 def test_every_field_is_a_flag():
     for name, field in FIELDS.items():
         flag = "--" + name.replace("_", "-")

@@ -65,6 +65,11 @@ def test_every_mode_is_read_at_its_full_range(tmp_path, mode, suffix, channels):
     assert pixels[:, :, :10].max() < 10 and pixels[:, :, -10:].min() > 245
 
 
+def test_32_bit_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(tmp_path / "a.tif")
+    assert "no known range" in read_image(tmp_path / "a.tif", 32, 1)
+
+
 def test_a_transparent_palette_is_read_without_a_warning(tmp_path):
     image = Image.new("RGB", (40, 40), (10, 200, 30)).quantize(4)
     image.save(tmp_path / "a.png", transparency=bytes([255, 0, 128, 255]))
@@ -148,6 +153,24 @@ def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
     assert len(held_out) == expected and len(kept) == n - expected
 
 
+def test_photographs_of_other_kinds_are_told(tmp_path, capsys):
+    root = draw_category(tmp_path / "parts")
+    for i in range(3):
+        (root / "train" / "good" / f"{i}.HEIC").write_text("x")
+    data.load(folder(), tmp_path)
+    assert "3 .heic; convert" in capsys.readouterr().err
+
+
+def test_a_file_listing_tells_folders_of_one_name_apart(tmp_path):
+    hashes = []
+    for seed in (0, 0, 1):
+        root = draw_category(tmp_path / f"{len(hashes)}" / "parts", seed=seed)
+        hashes.append(data.train_files(folder(), root.parent))
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert data.train_files(folder(), tmp_path / "nowhere") is None
+    assert data.train_files(resolve({}), None) is None
+
+
 def test_other_files_are_ignored(tmp_path):
     root = draw_category(tmp_path / "parts")
     (root / "train" / "good" / "Thumbs.db").write_text("x")
@@ -176,8 +199,8 @@ def test_without_test_there_is_nothing_to_evaluate(tmp_path):
         (dict(n_good=0), "no images in test/good"),
         (dict(n_bad=0, defects=()), "no defective images"),
         (dict(n_train=0), "no images"),
-        (dict(n_train=1), "1 training images"),
-        (dict(n_train=19), "19 training images"),
+        (dict(n_train=1), "1 training images.*at least 20"),
+        (dict(n_train=19), "19 training images.*at least 20"),
     ],
 )
 def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
@@ -194,6 +217,10 @@ def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     assert "curl" in str(error.value) and "CC BY-NC-SA" in str(error.value)
     with pytest.raises(UserError, match="categories there: parts"):
         data.load(folder("prats"), parts)
+    with pytest.raises(UserError, match=f"one for --data-root {parts}$"):
+        data.load(folder(), parts.parent)
+    with pytest.raises(UserError, match="--dataset digits, mnist has it"):
+        data.load(resolve({"category": "3"}), tmp_path)
     with pytest.raises(UserError, match="did you mean 'bottle'"):
         data.load(resolve({"category": "botle"}), tmp_path)
     for dataset, category in (("mnist", "3"), ("cifar10", "cat")):

@@ -68,8 +68,19 @@ def test_mean_rows_of_each_seed_and_of_other_data_sets():
     digits = [run_metrics(name, dataset="digits") for name in TEN]
     assert rows_of(digits)[-1]["category"] == "Mean"
     assert rows_of(digits[:-1])[-1]["category"] == "Mean of 9"
-    mixed = [run_metrics("bottle"), run_metrics("3", dataset="mnist")]
-    assert len(rows_of(mixed)) == 2
+    assert rows_of(digits[:-1])[-1]["category"] == "Mean of 9"
+
+
+def test_runs_of_several_configs_have_no_mean_and_a_row_each():
+    mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
+    assert len(results_csv(mixed, alike=False).splitlines()) == 3
+    text = results_md("local", mixed, alike=False)
+    assert "| 3 (digits, seed 1) |" in text and "| 3 (mnist, seed 2) |" in text and "±" in text
+    assert "Mean" not in text and "0.500 ±" not in text
+
+
+def test_a_name_cannot_break_the_table():
+    assert "| pipe\\|x |" in results_md("x", [run_metrics("pipe|x")])
 
 
 def test_markdown_gives_mean_and_deviation_over_seeds():

@@ -218,6 +218,12 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
         "list.pt": lambda p: torch.save([1, 2], p),
         "other.pt": lambda p: torch.save({**state, "config": Config().to_json()}, p),
         "old.pt": lambda p: torch.save({"generator": state["generator"]}, p),
+        "cov.pt": lambda p: torch.save(
+            {**state, "calibration": {**state["calibration"], "precision": torch.zeros(3, 3)}}, p
+        ),
+        "names.pt": lambda p: torch.save(
+            {**state, "calibration": {**state["calibration"], "scores": {}}}, p
+        ),
     }
     for name, make in bad.items():
         make(tmp_path / name)

@@ -40,6 +40,9 @@ class Memory:
     def preview(self, step, generator):
         pass
 
+    def skip(self, steps):
+        self.skipped = steps
+
 
 def images(n=14, channels=3, seed=0):
     rng = torch.Generator().manual_seed(seed)
@@ -123,6 +126,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(amp):
     assert sorted(whole.saved) == [60, 110]
     resumed = Memory(whole.saved[60])
     assert same(expected, train(config, images(), CPU, resumed))
+    assert resumed.skipped == 60
     # The losses logged at step 100 cover steps 51 to 100, ten of them before the checkpoint.
     assert [r["step"] for r in resumed.records] == [100]
     losses = [{k: r[k] for k in training.NAMES} for r in (resumed.records[0], whole.records[1])]
@@ -133,6 +137,17 @@ def test_a_finished_checkpoint_is_not_trained_further():
     whole = Memory()
     expected = train(SMALL, images(), CPU, whole)
     assert same(expected, train(SMALL, images(), CPU, Memory(whole.saved[6])))
+
+
+def test_a_checkpoint_of_other_code_is_refused():
+    whole = Memory()
+    train(SMALL, images(), CPU, whole)
+    state = torch.load(io.BytesIO(whole.saved[3]), weights_only=True)
+    for change in ({"sums": torch.zeros(6)}, {"generator": {"a": torch.zeros(1)}}):
+        buffer = io.BytesIO()
+        torch.save({**state, **change}, buffer)
+        with pytest.raises(UserError, match="of other code"):
+            train(SMALL, images(), CPU, Memory(buffer.getvalue()))
 
 
 def test_a_checkpoint_of_other_images_is_refused():
