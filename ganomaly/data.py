@@ -251,7 +251,7 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     )
 
 
-# Calibration split, device, batches
+# Calibration split
 
 
 def seeded(config: Config) -> torch.Generator:
@@ -280,42 +280,3 @@ def split_calibration(n: int, config: Config) -> tuple[Tensor, Tensor]:
     order = torch.randperm(n, generator=seeded(config))
     held_out = calibration_size(n, config)
     return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """On the device where they take at most half of its free memory, else left on the host."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return images
-    return images.to(device)
-
-
-def to_input(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last."""
-    x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-    return x.div_(127.5).sub_(1.0)
-
-
-class Batches:
-    """Endless stream of shuffled passes over the images, cut into equal pieces.
-
-    No image is left out of a pass, and a set smaller than a batch fills it from several passes.
-    """
-
-    def __init__(self, images: Tensor, batch_size: int, rng: torch.Generator):
-        self.images, self.batch_size, self.rng = images, batch_size, rng
-        self.order = torch.empty(0, dtype=torch.long, device=images.device)
-
-    def next(self) -> Tensor:
-        """uint8 (batch_size, C, S, S), drawn by index where the images are."""
-        while len(self.order) < self.batch_size:
-            again = torch.randperm(len(self.images), generator=self.rng)
-            self.order = torch.cat([self.order, again.to(self.images.device)])
-        picked, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
-        return self.images[picked]
-
-    def state_dict(self) -> dict:
-        return {"rng": self.rng.get_state(), "order": self.order.cpu().clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rng.set_state(state["rng"].cpu())
-        self.order = state["order"].to(self.images.device)

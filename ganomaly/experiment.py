@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly import config as configuration
+from ganomaly.batches import to_input
 from ganomaly.config import Config
-from ganomaly.data import to_input
 from ganomaly.errors import UserError
 from ganomaly.files import naming, read_torch, write_atomic, write_torch
 from ganomaly.results import METRICS, csv_text, results_csv, results_md

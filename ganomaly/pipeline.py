@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +11,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ganomaly import data, experiment
-from ganomaly.config import ROOT, SCORES, Config
+from ganomaly.config import SCORES, Config
 from ganomaly.data import Category
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
 from ganomaly.files import write_json, write_torch
+from ganomaly.provenance import provenance
 from ganomaly.scoring import Detector
 from ganomaly.training import resolve_amp, train
 
@@ -186,61 +182,3 @@ def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
     groups = [np.flatnonzero(labels == label) for label in (0, 1)]
     picks = [g[np.unique(np.linspace(0, len(g) - 1, most).round().astype(int))] for g in groups]
     return np.concatenate(picks)
-
-
-# Provenance
-
-
-def provenance(device: torch.device, config: Config) -> dict:
-    """Where a run's figures came from; no path of the machine is among it."""
-    on_gpu = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "cpu": cpu_name(),
-        "threads": config.threads,
-        "commit": commit(),
-        "command": command(sys.argv),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@functools.cache
-def commit() -> str | None:
-    """HEAD when this process began, with +changes where its code differs; None outside of git."""
-    try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "ganomaly", "scripts", "requirements.txt")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changed else "")
-
-
-def git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def command(argv: list[str]) -> str:
-    """The command line with the paths of this machine left out."""
-    words = ["python", f"scripts/{Path(argv[0]).name}"]
-    for before, word in zip(argv, argv[1:]):
-        flag, equals, value = word.rpartition("=")
-        if before == "--data-root" or flag == "--data-root":
-            words.append(flag + equals + "DATA_ROOT")
-        elif Path(value).is_absolute() or ".." in Path(value).parts:
-            words.append(flag + equals + Path(value).name)
-        else:
-            words.append(word)
-    return " ".join(words)

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly import config as configuration
+from ganomaly.batches import to_input
 from ganomaly.config import Config
-from ganomaly.data import to_input
 from ganomaly.errors import UserError
 from ganomaly.files import read_torch
 from ganomaly.networks import Discriminator, Generator, build

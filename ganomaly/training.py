@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ganomaly import losses
+from ganomaly.batches import Batches, to_device, to_input
 from ganomaly.config import Config
-from ganomaly.data import Batches, to_device, to_input
 from ganomaly.errors import UserError
 from ganomaly.networks import Discriminator, Generator, build, initialise
 

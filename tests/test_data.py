@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from ganomaly import data, images
+from ganomaly.batches import Batches, to_input
 from ganomaly.config import Config, resolve
-from ganomaly.data import Batches, to_input
 from ganomaly.errors import UserError
 from ganomaly.images import read_image
 

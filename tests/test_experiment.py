@@ -12,7 +12,8 @@ from ganomaly.config import Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
 from ganomaly.files import write_atomic
-from ganomaly.pipeline import command, samples_of
+from ganomaly.pipeline import samples_of
+from ganomaly.provenance import command
 from ganomaly.published import PUBLISHED
 from ganomaly.results import FIGURES, results_csv, results_md, summary
 
