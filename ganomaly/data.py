@@ -183,7 +183,7 @@ def load_folder(config: Config, root: Path) -> Category:
                     f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
                     "add some, or take test/ away to train and calibrate only"
                 )
-    note_others(folder, folder.glob("t*/*/*"))
+    note_others(folder, [*folder.glob("train/good/*"), *folder.glob("test/*/*")])
     paths = train + [path for path, _ in test]
     pixels = read_images(paths, config.image_size, config.channels)
     kept, held_out = split_calibration(len(train), config)
@@ -268,7 +268,8 @@ def check_train_size(n: int, config: Config, where) -> None:
         raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
         least = held_out == MIN_CALIBRATION
-        mend = f"at least {MIN_TRAIN + held_out} are needed" if least else "lower its fraction"
+        enough = f"at least {MIN_TRAIN + held_out} are needed"
+        mend = enough if least else "lower --calibration-fraction"
         raise UserError(
             f"{where}: {n} training images; calibration takes {held_out} and training needs "
             f"{MIN_TRAIN}: {mend}"

@@ -18,21 +18,8 @@ from tqdm import tqdm
 from ganomaly.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-NOT_READ = {
-    ".gif",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".jxl",
-    ".raw",
-    ".cr2",
-    ".nef",
-    ".arw",
-    ".dng",
-}
+NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
 AHEAD = 256  # images decoded before they are asked for
-
 
 # Of large images and of odd camera tags Pillow warns; neither is news to who took them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
