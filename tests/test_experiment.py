@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ganomaly import experiment
-from ganomaly.config import Config, load
+from ganomaly.config import ROOT, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
 from ganomaly.files import write_atomic
@@ -183,3 +183,25 @@ def test_a_recorded_command_has_no_path_of_the_machine():
     assert command(words) == (
         "python scripts/train.py --data-root=DATA_ROOT --config c.json --lr=1e-3"
     )
+
+
+def test_the_readme_says_what_the_committed_tables_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def figures(name, category, column):
+        with open(ROOT / "experiments" / name / "results.csv", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["category"] == category]
+        values = [float(row[column]) for row in rows]
+        mean = f"{statistics.fmean(values):.3f}".removeprefix("0")
+        return mean, f"{mean} ± {statistics.stdev(values):.3f}".replace("± 0", "± ")
+
+    for category in ("bottle", "screw"):
+        ours, pca = (
+            figures("paper", category, "auroc")[1],
+            figures("paper", category, "auroc_pca")[0],
+        )
+        brightness = figures("paper", category, "auroc_brightness")[0]
+        assert f"| {category} | {ours} | {pca} | {brightness} |" in readme
+        assert f"| {figures('paper', category, 'f1')[1]} |" in readme
+    assert f"mean AUROC is {figures('digits', 'Mean', 'auroc')[1]}" in readme
+    assert f"control has {figures('digits', 'Mean', 'auroc_pca')[0]}" in readme
