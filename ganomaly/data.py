@@ -13,6 +13,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -214,11 +215,11 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
         parts = [kind(root, train=train, download=download) for train in (True, False)]
-    except (RuntimeError, ValueError, EOFError) as error:  # not there; there but damaged
+    except (RuntimeError, ValueError, EOFError, URLError) as error:  # not there, damaged, offline
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
         reason = " ".join(str(error).split())
         mend = reason if download else "--download fetches it"
-        raise UserError(f"no whole {dataset} in {folder}; {mend}") from None
+        raise UserError(f"no complete {dataset} in {folder}; {mend}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
     return images, np.concatenate([np.asarray(part.targets) for part in parts])
 

@@ -227,8 +227,8 @@ def read_metrics(path: Path) -> dict:
         missing = [str(error)]
     if missing:
         raise UserError(
-            f"{path}: not a whole metrics.json ({missing[0]}); remove it, and the command of that "
-            "run makes it again"
+            f"{path}: not a complete metrics.json ({missing[0]}); remove it, and the command of "
+            "that run makes it again"
         )
     return metrics
 

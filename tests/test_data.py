@@ -291,7 +291,7 @@ def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
     assert not (c.train == 3).any() and not (c.calibration == 3).any()
     data.arrays.cache_clear()
     (raw / "t10k-images-idx3-ubyte").write_bytes(b"")
-    with pytest.raises(UserError, match="no whole mnist"):
+    with pytest.raises(UserError, match="no complete mnist"):
         data.load(resolve({"dataset": "mnist", "category": "3"}), tmp_path)
 
 
