@@ -24,7 +24,7 @@ from ganomaly.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviated flags; `parse` also returns the Config."""
+    """argparse with one-line errors and no abbreviated flags; `given` has the Config values."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)

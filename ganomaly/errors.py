@@ -29,7 +29,8 @@ def describe(error: BaseException) -> str | None:
         }.get(error.errno, "")
         return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
-        return f"{error.name} is not installed: python3 -m pip install -r requirements.txt"
+        mend = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
+        return f"{error.name} is not installed; {mend}"
     # By name and text, so that nobody pays for importing torch to hear of a wrong flag.
     if (
         type(error).__name__ == "OutOfMemoryError"
