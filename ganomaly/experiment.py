@@ -80,7 +80,9 @@ class Run:
         if path.is_file():
             try:
                 state = read_torch(path)
-            except ValueError:
+                theirs = state["config"]
+            except (ValueError, KeyError, TypeError):  # no archive, or not one of ours
+                state = None
                 aside = path.with_name("last.damaged.pt")
                 os.replace(path, aside)
                 print(
@@ -88,7 +90,7 @@ class Run:
                     file=sys.stderr,
                 )
         if state:
-            self.compare(configuration.from_json(state.get("config", "{}"), path))
+            self.compare(configuration.from_json(theirs, path))
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
         self.step = step = state["step"] if state else 0

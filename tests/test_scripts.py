@@ -441,6 +441,18 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_training_starts_anew(script
     assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
 
 
+def test_a_checkpoint_that_is_not_ours_is_set_aside_too(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path / "whole"))
+    folder = folder_of(tmp_path)
+    for content in ([1, 2], {"step": 3}):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        torch.save(content, folder / "last.pt")
+        code, _, err = script("train", *train_words(parts, tmp_path))
+        assert code == 0 and "last.pt is damaged" in err
+        assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
+
+
 # evaluate.py, predict.py
 
 
