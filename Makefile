@@ -16,7 +16,7 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help train benchmark evaluate predict board test
+.PHONY: help train benchmark ablate evaluate predict board test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,11 @@ train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT=
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT=
 	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
 		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+
+ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= EXPERIMENT= ARGS=
+	@$(PYTHON) scripts/ablate.py $(call flag,RECIPE,--recipe) $(call flag,DATASET,--dataset) \
+		$(call flag,EXPERIMENT,--experiment) $(call flags,CATEGORIES,--categories) \
+		$(call flags,SEEDS,--seeds) $(place)
 
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)

@@ -13,10 +13,19 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device)
 
 
-def to_input(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last."""
+def to_input(pixels: Tensor, device: torch.device, normalise: str = "none") -> Tensor:
+    """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last.
+
+    With normalise "image" an image's mean becomes 0 and its standard deviation 1/4, so that neither
+    its exposure nor its contrast is seen; what is more than four deviations away is clipped.
+    """
     x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-    return x.div_(127.5).sub_(1.0)
+    if normalise == "none":
+        return x.div_(127.5).sub_(1.0)
+    x -= x.mean((1, 2, 3), keepdim=True)
+    deviation = x.square().mean((1, 2, 3), keepdim=True).sqrt()
+    # A deviation under 4 levels is noise, of an image without content
+    return x.div_(4 * deviation.clamp_min(4)).clamp_(-1, 1)
 
 
 class Batches:

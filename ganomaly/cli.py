@@ -97,3 +97,13 @@ def experiment_folder(args: argparse.Namespace, name: str) -> Path:
     if not is_name(name):
         raise UserError(f"--experiment {name!r} is not a plain folder name")
     return args.experiments_dir / name
+
+
+def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
+    """The values of --config, else of the recipe, with the flags' over them."""
+    if args.config is None:
+        args.config = ROOT / "experiments" / args.recipe / "config.json"
+        if not is_name(args.recipe) or not args.config.is_file():
+            there = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/config.json"))
+            raise UserError(f"--recipe {args.recipe}: no such recipe; there: {', '.join(there)}")
+    return parser.given(args)

@@ -17,7 +17,10 @@ from ganomaly.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the clone, which the scripts run from
 DATASETS = ("digits", "mnist", "cifar10", "mvtec", "folder")
-SCORES = ("latent", "latent_l1", "contextual", "feature", "latent_whitened")
+SCORES = (
+    "latent", "latent_l1", "contextual", "feature", "residual", "gradient", "comparator",
+    "latent_whitened", "calibrated",
+)  # fmt: skip
 
 # What a dataset changes of the defaults below. The small ones follow the paper's protocol: 32 px,
 # and for MNIST and CIFAR-10 the 15 epochs of batch 64 of the released code, as steps.
@@ -47,9 +50,23 @@ class Config:
         64, "side of the square images, pixels; a power of two", low=32, high=1024
     )
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
+    normalise: str = knob(
+        "none",
+        "image: each image's own mean and deviation of brightness are removed",
+        choices=("none", "image"),
+    )
     width: int = knob(64, "channels of the first convolution", low=1, high=1024)
     latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
+    comparator_width: int = knob(
+        0, "channels of the comparator's first block; 0 leaves it out", low=0, high=1024
+    )
+    corrupted: float = knob(
+        0.0,
+        "share of each batch that is corrupted, for the generator to restore",
+        low=0,
+        below=1,
+    )
     batch_size: int = knob(16, "images a step", low=1, high=65_536)
     steps: int = knob(1500, "training steps, the same for every category", low=1, high=10**9)
     lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
@@ -89,8 +106,25 @@ class Config:
             )
         if self.w_adv == self.w_con == self.w_enc == 0:
             raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
+        if self.comparator_width and not self.n_corrupted:
+            raise UserError(
+                f"comparator_width: {self.comparator_width} needs corrupted images to learn from; "
+                f"corrupted {self.corrupted} of batch_size {self.batch_size} is none"
+            )
+        if self.score == "comparator" and not self.comparator_width:
+            raise UserError("score: comparator needs a comparator_width of more than 0")
         if self.category is not None and not is_name(self.category):
             raise UserError(f"category: {self.category!r} is not a plain folder name")
+
+    @property
+    def n_corrupted(self) -> int:
+        """Images of a batch that are corrupted; at least one is not."""
+        return int(self.corrupted * self.batch_size)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The anomaly scores that a model of this config has."""
+        return tuple(s for s in SCORES if s != "comparator" or self.comparator_width)
 
     def replace(self, **changes) -> Config:
         return dataclasses.replace(self, **changes)

@@ -49,6 +49,7 @@ class Category:
     test_labels: np.ndarray  # (N,) 0 normal, 1 defective
     test_defects: list[str]  # "good" or the defect's name
     test_paths: list[str]  # relative to the category's folder
+    test_masks: Tensor | None = None  # bool (N, S, S), defective pixels; None where there are none
 
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
@@ -196,7 +197,34 @@ def load_folder(config: Config, root: Path) -> Category:
         test_labels=np.array([int(defect != "good") for _, defect in test], dtype=np.int64),
         test_defects=[defect for _, defect in test],
         test_paths=[path.relative_to(folder).as_posix() for path, _ in test],
+        test_masks=load_masks(folder, test, config.image_size),
     )
+
+
+def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> Tensor | None:
+    """ground_truth/<defect>/<image>_mask.png as bool (N, S, S); None unless all are there.
+
+    A pixel of the network's size is defective where at least half of it is. Good images have none.
+    """
+    names = [folder / "ground_truth" / defect / path.stem for path, defect in test]
+    found = {
+        i: next((p for p in (Path(f"{name}_mask.png"), Path(f"{name}.png")) if p.is_file()), None)
+        for i, (name, (_, defect)) in enumerate(zip(names, test))
+        if defect != "good"
+    }
+    absent = [names[i] for i, path in found.items() if path is None]
+    if absent:
+        if len(absent) < len(found):
+            print(
+                f"note: {folder}: {len(absent)} of {len(found)} defective images have no mask "
+                f"(the first: {absent[0]}_mask.png), so no figures of pixels",
+                file=sys.stderr,
+            )
+        return None
+    masks = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
+    if found:
+        masks[list(found)] = read_images(list(found.values()), image_size, 1)[:, 0] >= 128
+    return masks if found else None
 
 
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)

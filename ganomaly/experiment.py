@@ -7,10 +7,12 @@ written last.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly.batches import to_input
 from ganomaly.config import Config
+from ganomaly.curves import read as read_curve
+from ganomaly.curves import svg
 from ganomaly.errors import UserError
 from ganomaly.files import naming, read_torch, write_atomic, write_torch
 from ganomaly.results import METRICS, csv_text, results_csv, results_md
@@ -29,7 +33,7 @@ from ganomaly.results import METRICS, csv_text, results_csv, results_md
 # half removed is neither finished nor goes on under another config.
 OURS = (
     ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
-    "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
+    "curve.csv", "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
 )  # fmt: skip
 SCRATCH = "local"  # the experiment of make train: runs of any config, ignored by git
 SEED = 42  # of a recipe's config.json
@@ -43,6 +47,7 @@ class Run:
         self.folder = experiment / category / f"seed{config.seed}"
         self.progress: tqdm = tqdm(disable=True)  # the caller's bar, where there is one
         self.preview_images: Tensor | None = None  # uint8, for TensorBoard's reconstructions
+        self.look: Callable | None = None  # networks -> {score: AUROC}, where there is a test set
         self.board = None
         self.step = 0  # of the last checkpoint
 
@@ -130,10 +135,19 @@ class Run:
             print(f"{self.name}: step {step}/{self.config.steps}, {text}, {speed}", file=sys.stderr)
 
     @torch.no_grad()
-    def preview(self, step: int, generator: torch.nn.Module) -> None:
-        """Reconstructions of the preview images to TensorBoard."""
-        x = to_input(self.preview_images, next(generator.parameters()).device)
-        x_hat = generator.eval()(x)[1]
+    def preview(self, step: int, networks: dict[str, torch.nn.Module]) -> None:
+        """Reconstructions to TensorBoard; a row of curve.csv, which nothing is chosen by."""
+        if self.look is not None:
+            aurocs = self.look(networks)
+            row = {"step": step, **{name: f"{value:.6g}" for name, value in aurocs.items()}}
+            path = self.path("curve.csv")
+            kept = [r for r in rows_of(path) if r.keys() == row.keys() and int(r["step"]) < step]
+            rows = [list(r.values()) for r in (*kept, row)]
+            write_atomic(path, csv_text(list(row), rows))
+        generator = networks["generator"].eval()  # the running average, which never trains
+        device = next(generator.parameters()).device
+        x = to_input(self.preview_images, device, self.config.normalise)
+        x_hat = generator(x)[1]
         with naming(self.folder):
             self.board.add_image("reconstructions", panel(x, x_hat), step)
             self.board.flush()
@@ -171,6 +185,13 @@ class Run:
         if self.board is not None:
             with naming(self.folder):
                 self.board.close()
+
+
+def rows_of(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
@@ -243,5 +264,10 @@ def write_results(experiment: Path) -> None:
     configs = [configuration.load(path.with_name("config.json")) for path in found]
     ignore = ("category", "seed", "checkpoint_every")
     alike = not any(configuration.differences(c, configs[0], ignore) for c in configs)
+    curves: dict[str, list] = {}
+    for path in sorted(experiment.glob("*/seed*/curve.csv")):
+        curves.setdefault(path.parent.parent.name, []).append(read_curve(path))
+    if curves:
+        write_atomic(experiment / "curves.svg", svg(experiment.name, curves))
     write_atomic(experiment / "results.csv", results_csv(runs, alike))
     write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike))

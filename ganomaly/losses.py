@@ -49,3 +49,12 @@ def discriminator(real: Tensor, fake: Tensor) -> Tensor:
         F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
         + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
     )
+
+
+def comparator(logits: Tensor, mask: Tensor) -> Tensor:
+    """L_cmp = mean (1 - p)^2 BCE   (focal loss, Lin et al., ICCV 2017), p the truth's probability
+
+    logits: (B, S, S) that a pixel is corrupted; mask: (B, S, S) in {0, 1}, where it is.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(full(logits), full(mask), reduction="none")
+    return ((1 - torch.exp(-cross_entropy)).square() * cross_entropy).mean()

@@ -29,7 +29,7 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
     )
     bad, good = int(labels.sum()), int((labels == 0).sum())
     return {
-        "auroc": float(roc_auc_score(labels, scores)),
+        "auroc": auroc(labels, scores),
         "average_precision": float(average_precision_score(labels, scores)),
         "f1": float(f1),
         "precision": float(precision),
@@ -46,23 +46,28 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
 
 
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    return float(roc_auc_score(labels, scores))
+
+
+def brightness(images: np.ndarray, labels: np.ndarray) -> float:
+    """AUROC of the mean brightness of images (N, ...); under .5: defective ones are darker."""
+    return auroc(labels, images.reshape(len(images), -1).mean(axis=1, dtype=np.float64))
+
+
 def controls(train: np.ndarray, test: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """AUROC of three scores that learn little or nothing, on the pixels that the network sees.
 
-    train (n, C, S, S) without the calibration images, test (N, C, S, S), uint8: mean brightness
-    (under .5: the defective images are darker), squared distance to the mean training image, and
-    the squared residual of a PCA of the training images with min(40, n - 1) components.
+    train (n, ...) without the calibration images, test (N, ...), float32: mean brightness, squared
+    distance to the mean training image, and the squared residual of a PCA of the training images
+    with min(40, n - 1) components.
     """
-    train, test = flat(train), flat(test)
+    train, test = train.reshape(len(train), -1), test.reshape(len(test), -1)
     distance = ((test - train.mean(axis=0)) ** 2).sum(axis=1)
     pca = PCA(min(40, len(train) - 1, train.shape[1]), random_state=0).fit(train)
     residual = test - pca.inverse_transform(pca.transform(test))
     return {
-        "auroc_brightness": float(roc_auc_score(labels, test.mean(axis=1))),
-        "auroc_mean_distance": float(roc_auc_score(labels, distance)),
-        "auroc_pca": float(roc_auc_score(labels, (residual**2).sum(axis=1))),
+        "auroc_brightness": brightness(test, labels),
+        "auroc_mean_distance": auroc(labels, distance),
+        "auroc_pca": auroc(labels, (residual**2).sum(axis=1)),
     }
-
-
-def flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1).astype(np.float32) / 255

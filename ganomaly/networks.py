@@ -1,5 +1,6 @@
 """Encoder, decoder, generator and discriminator of GANomaly (arXiv 1805.06725, section 3.2).
 
+And the comparator, which is not in the paper.
 Layouts and initialisation follow the authors' released code: a DCGAN encoder, its mirror as the
 decoder, no biases in convolutions. `image_size` is a power of two of at least 32 everywhere.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -123,18 +125,67 @@ class Discriminator(nn.Module):
         return self.head(features).flatten(), features
 
 
+class Comparator(nn.Module):
+    """x and x_hat, each (B, channels, S, S) -> logits (B, S, S) that x is corrupted there.
+
+    A small U-Net (Ronneberger et al. 2015) down to 8x8, which sees both images: DRAEM's
+    discriminative network (Zavrtanik et al., ICCV 2021) in a tenth of its width.
+    """
+
+    def __init__(self, image_size: int, channels: int, width: int):
+        super().__init__()
+        plan = [width * min(2**level, 8) for level in range(int(math.log2(image_size)) - 2)]
+        inputs = [2 * channels, *plan]
+        self.down = nn.ModuleList(two_convolutions(a, b) for a, b in zip(inputs, plan))
+        self.up = nn.ModuleList(two_convolutions(a + b, a) for a, b in zip(plan, plan[1:]))
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        maps = [self.down[0](torch.cat([x, x_hat], 1))]
+        for block in self.down[1:]:
+            maps.append(block(F.max_pool2d(maps[-1], 2)))
+        y = maps.pop()
+        for block in reversed(self.up):
+            y = block(torch.cat([maps.pop(), F.interpolate(y, scale_factor=2)], 1))
+        return self.head(y)[:, 0]
+
+
+def two_convolutions(before: int, after: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs in (before, after):
+        layers += [
+            nn.Conv2d(inputs, after, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
 def initialise(network: nn.Module, rng: torch.Generator) -> None:
-    """Convolutions N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0 (the released code)."""
+    """Convolutions N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0 (the released code).
+
+    The comparator, which is not theirs, keeps BatchNorm's 1 and 0 and takes He's convolutions.
+    """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(network, Comparator):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=rng)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02, generator=rng)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=rng)
             nn.init.zeros_(module.bias)
 
 
-def build(config) -> tuple[Generator, Discriminator]:
-    """The two networks of a Config, not initialised."""
+def build(config) -> dict[str, nn.Module]:
+    """The networks of a Config by name, not initialised; a comparator where it has a width."""
     size = (config.image_size, config.channels, config.width)
-    generator = Generator(*size, config.latent_dim, config.extra_layers)
-    return generator, Discriminator(*size, config.extra_layers)
+    networks: dict[str, nn.Module] = {
+        "generator": Generator(*size, config.latent_dim, config.extra_layers),
+        "discriminator": Discriminator(*size, config.extra_layers),
+    }
+    if config.comparator_width:
+        networks["comparator"] = Comparator(*size[:2], config.comparator_width)
+    return networks

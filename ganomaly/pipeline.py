@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import sklearn  # noqa: F401  BLAS must be loaded before its threads can be limited
 import torch
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 from tqdm import tqdm
 
-from ganomaly import data, experiment
-from ganomaly.config import SCORES, Config
+from ganomaly import data, experiment, metrics  # metrics loads BLAS, whose threads are limited
+from ganomaly.batches import to_input
+from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
 from ganomaly.files import write_json, write_torch
 from ganomaly.provenance import provenance
+from ganomaly.results import FIGURES
 from ganomaly.scoring import Detector
 from ganomaly.training import resolve_amp, train
+
+LOOK = 1000  # test images of a kind that a look scores
 
 
 def use_device(name: str) -> torch.device:
@@ -69,18 +75,20 @@ def run_one(
     if not force:
         run.check()
         if run.finished:
-            metrics = experiment.read_metrics(run.path("metrics.json"))
-            check_train_files(metrics, config, data_root)
+            before = experiment.read_metrics(run.path("metrics.json"))
+            check_train_files(before, config, data_root)
             experiment.write_results(folder)
             if progress is not None:
                 run.progress = progress
                 run.skip(config.steps)
-            return metrics, False
+            return before, False
     origin["train_files"] = data.train_files(config, data_root)
     category = data.load(config, data_root, download)
     experiment.write_recipe(folder, config)
     run.begin(anew=force)
     run.preview_images = category.calibration[:8]
+    if len(category.test_labels):
+        run.look = partial(look, config, category, device)
     own = tqdm(
         total=config.steps, desc=run.name, unit="step", disable=None if progress is None else True
     )
@@ -88,7 +96,7 @@ def run_one(
     try:
         trained = train(config, category.train, device, run)
         own.close()
-        detector = Detector(trained.generator, trained.discriminator, config, device)
+        detector = Detector(trained.networks, config, device)
         detector.calibrate(category.calibration)
         write_samples(run, detector, category)
         training = {
@@ -96,7 +104,7 @@ def run_one(
             "images_per_second": round(trained.images_per_second, 1),
             "provenance": origin,
         }
-        metrics = assess(run, detector, category, training)
+        after = assess(run, detector, category, training)
         # Last: with it the run is finished, and the metrics beside it are its own.
         write_torch(run.path("model.pt"), detector.state())
         experiment.write_results(folder)
@@ -106,15 +114,15 @@ def run_one(
     finally:
         own.close()
         run.close()
-    return metrics, True
+    return after, True
 
 
-def check_train_files(metrics: dict, config: Config, data_root: Path | None) -> None:
+def check_train_files(row: dict, config: Config, data_root: Path | None) -> None:
     """UserError where a finished run was trained on other images than those that are there now."""
-    before, now = metrics["provenance"].get("train_files"), data.train_files(config, data_root)
+    before, now = row["provenance"].get("train_files"), data.train_files(config, data_root)
     if before and now and before != now:
         raise UserError(
-            f"{metrics['category']} seed {config.seed}: trained on other images than those in "
+            f"{row['category']} seed {config.seed}: trained on other images than those in "
             f"{data.category_folder(config, data_root)} now; --force trains it anew, "
             "--experiment NAME keeps both"
         )
@@ -128,13 +136,13 @@ def resolved(config: Config, device: torch.device) -> Config:
 def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
     """Score the test images; write scores.csv and metrics.json."""
     labels = category.test_labels
-    scores = {name: torch.empty(0) for name in SCORES}
+    scores = {name: torch.empty(0) for name in detector.config.scores}
     if len(labels):
         scores = detector.scores(category.test)
     run.write_scores(category, scores)
     if run.board is not None:
         run.write_histograms(labels, scores, detector.calibration.scores)
-    metrics = {
+    row = {
         "category": category.name,
         "dataset": detector.config.dataset,
         "seed": detector.config.seed,
@@ -146,27 +154,53 @@ def assess(run: Run, detector: Detector, category: Category, training: dict) -> 
         "n_test_defective": int(labels.sum()),
         **training,
     }
-    write_json(run.path("metrics.json"), metrics)
-    return metrics
+    write_json(run.path("metrics.json"), row)
+    return row
 
 
 def figures(detector: Detector, category: Category, scores: dict) -> dict:
     """The evaluated figures, null where there are no test images."""
-    from ganomaly import metrics
-    from ganomaly.results import FIGURES
-
-    threshold, labels = detector.threshold, category.test_labels
+    config, threshold, labels = detector.config, detector.threshold, category.test_labels
     if not len(labels):
         figures = dict.fromkeys(FIGURES)
         return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
     as_numpy = {name: values.numpy() for name, values in scores.items()}
-    each = {name: metrics.evaluate(labels, s, threshold)["auroc"] for name, s in as_numpy.items()}
+    each = {name: metrics.auroc(labels, values) for name, values in as_numpy.items()}
     return {
-        **metrics.evaluate(labels, as_numpy[detector.config.score], threshold),
+        **metrics.evaluate(labels, as_numpy[config.score], threshold),
         "threshold": threshold,
-        **metrics.controls(category.train.numpy(), category.test.numpy(), labels),
+        **metrics.controls(seen(category.train, config), seen(category.test, config), labels),
+        "auroc_brightness_raw": metrics.brightness(category.test.numpy(), labels)
+        if config.normalise != "none"
+        else None,
+        "pixel_auroc": pixel_auroc(detector, category),
         "scores": each,
     }
+
+
+def seen(pixels: Tensor, config: Config) -> np.ndarray:
+    """What a network sees of uint8 images (N, C, S, S), as float32 in [0, 1]."""
+    if config.normalise == "none":
+        return pixels.numpy().astype(np.float32) / 255
+    return (to_input(pixels, torch.device("cpu"), config.normalise) / 2 + 0.5).numpy()
+
+
+def pixel_auroc(detector: Detector, category: Category) -> float | None:
+    """AUROC of the heat maps over all test pixels, at the network's size; None without masks."""
+    if category.test_masks is None:
+        return None
+    heat = detector.heat_maps(category.test)
+    return metrics.auroc(category.test_masks.numpy().ravel(), heat.numpy().ravel())
+
+
+def look(config: Config, category: Category, device: torch.device, networks: dict) -> dict:
+    """AUROC of every score in the middle of training, on up to LOOK test images of a kind."""
+    detector = Detector(copy.deepcopy(networks), config, device)
+    detector.calibrate(category.calibration)
+    picked = samples_of(category.test_labels, LOOK)
+    scores = detector.scores(category.test[picked])
+    labels = category.test_labels[picked]
+    return {name: metrics.auroc(labels, values.numpy()) for name, values in scores.items()}
 
 
 def write_samples(run: Run, detector: Detector, category: Category) -> None:

@@ -12,7 +12,7 @@ from ganomaly.published import PUBLISHED
 SOURCE = ("category", "dataset", "seed", "score", "threshold", "scores", "provenance")
 FIGURES = (
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
-    "auroc_brightness", "auroc_mean_distance", "auroc_pca",
+    "auroc_brightness", "auroc_mean_distance", "auroc_pca", "auroc_brightness_raw", "pixel_auroc",
 )  # fmt: skip
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
@@ -50,7 +50,9 @@ def mean_rows(rows: list[dict]) -> list[dict]:
 
 
 def mean_row(name: str, rows: list[dict]) -> dict:
-    keys = [k for k in (*FIGURES, *score_columns(rows)) if all(k in row for row in rows)]
+    keys = [
+        k for k in (*FIGURES, *score_columns(rows)) if all(row.get(k) is not None for row in rows)
+    ]
     means = {key: statistics.fmean(row[key] for row in rows) for key in keys}
     first = rows[0]
     same = {key: first[key] for key in ("dataset", "score", "seed", "scores")}

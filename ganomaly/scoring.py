@@ -7,12 +7,15 @@ mates nor order, and scoring changes no buffer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from ganomaly import config as configuration
@@ -20,7 +23,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError
 from ganomaly.files import read_torch
-from ganomaly.networks import Discriminator, Generator, build
+from ganomaly.networks import build
 
 BATCH = 64  # images a scoring pass; memory, not results, depends on it
 FOLDS = 5
@@ -35,7 +38,57 @@ class Outputs(NamedTuple):
     z_hat: Tensor  # (B, latent_dim)
     f: Tensor  # (B, K, 4, 4) the discriminator's features of x
     f_hat: Tensor  # (B, K, 4, 4) and of x_hat
+    logits: Tensor | None  # (B, S, S) the comparator's, where there is one
 
+
+# Maps (B, S, S) of how anomalous a pixel is, from which scores and heat maps are made
+
+
+def residual_map(o: Outputs) -> Tensor:
+    """|mean of x - x_hat over 4x4 pixels|, a mean over channels: what is missing, not its noise."""
+    cells = F.avg_pool2d(o.x - o.x_hat, 4).abs().mean(1, keepdim=True)
+    return F.interpolate(cells, o.x.shape[-2:], mode="bilinear")[:, 0]
+
+
+def gradient_map(o: Outputs) -> Tensor:
+    """1 - gradient magnitude similarity of x and x_hat in grey, a mean over four scales.
+
+    Xue et al., TIP 2014; over scales as in RIAD (Zavrtanik et al., Pattern Recognition 2021).
+    """
+    x, x_hat = o.x.mean(1, keepdim=True), o.x_hat.mean(1, keepdim=True)
+    total = torch.zeros_like(x)
+    for scale in range(4):
+        if scale:
+            x, x_hat = F.avg_pool2d(x, 2), F.avg_pool2d(x_hat, 2)
+        a, b = gradient_magnitude(x), gradient_magnitude(x_hat)
+        c = 0.0104  # the authors' .0026 is for a range of 1, ours is 2
+        difference = 1 - (2 * a * b + c) / (a.square() + b.square() + c)
+        total += F.interpolate(difference, total.shape[-2:], mode="bilinear")
+    return gaussian_blur(total / 4, [7, 7], [1.0, 1.0])[:, 0]
+
+
+def gradient_magnitude(grey: Tensor) -> Tensor:
+    """Prewitt's, of (B, 1, h, w)."""
+    rows = (
+        torch.tensor([1.0, 0.0, -1.0], device=grey.device).view(1, 1, 3, 1).expand(1, 1, 3, 3) / 3
+    )
+    kernels = torch.cat([rows, rows.transpose(2, 3)])
+    padded = F.pad(grey, (1, 1, 1, 1), mode="reflect")
+    return F.conv2d(padded, kernels).square().sum(1, keepdim=True).add(1e-12).sqrt()
+
+
+def comparator_map(o: Outputs) -> Tensor:
+    """The comparator's logits, a little blurred so that one odd pixel does not decide."""
+    return gaussian_blur(o.logits[:, None], [7, 7], [1.0, 1.0])[:, 0]
+
+
+def highest(m: Tensor, share: float = 0.01) -> Tensor:
+    """Mean of the highest hundredth of a map's pixels: (B, S, S) -> (B,)."""
+    pixels = m.flatten(1)
+    return pixels.topk(max(1, int(share * pixels.shape[1]))).values.mean(1)
+
+
+MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
 
 # Scores that need to know nothing of other images. `latent` is what the released code computes
 # for the paper's eq. 5, `latent_l1` what the paper prints there.
@@ -44,6 +97,9 @@ SCORES = {
     "latent_l1": lambda o: (o.z - o.z_hat).abs().mean(1),
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
     "feature": lambda o: (o.f - o.f_hat).square().mean((1, 2, 3)),
+    "residual": lambda o: highest(residual_map(o)),
+    "gradient": lambda o: highest(gradient_map(o)),
+    "comparator": lambda o: comparator_map(o).amax((1, 2)),
 }
 
 
@@ -54,13 +110,22 @@ class Raw:
     scores: dict[str, Tensor]  # name -> (N,) float32
     gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
+    def __getitem__(self, index: Tensor) -> Raw:
+        return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
+
 
 @dataclass
-class Calibration:
+class Statistics:
     """What is known of normal images that were not trained on."""
 
     mean: Tensor  # (latent_dim,) float64, of z - z_hat
     precision: Tensor  # (latent_dim, latent_dim) float64, inverse Ledoit-Wolf covariance
+    parts: dict[str, tuple[float, float]]  # mean and deviation of the scores that have a map
+
+
+@dataclass
+class Calibration:
+    statistics: Statistics
     scores: dict[str, Tensor]  # name -> (n,) float32, sorted out-of-fold scores
 
 
@@ -78,21 +143,42 @@ def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(fitted.location_), torch.from_numpy(fitted.precision_)
 
 
+def fit(raw: Raw) -> Statistics:
+    parts = {name: raw.scores[name].double() for name in MAPS if name in raw.scores}
+    return Statistics(
+        *fit_whitening(raw.gaps),
+        {name: (float(s.mean()), max(float(s.std()), 1e-12)) for name, s in parts.items()},
+    )
+
+
+def all_scores(raw: Raw, known: Statistics) -> dict[str, Tensor]:
+    """Every anomaly score: name -> (N,) float32.
+
+    `calibrated` is the mean of residual, gradient and comparator, each in deviations from its mean
+    over normal images.
+    """
+    z_scores = [(raw.scores[name] - mean) / dev for name, (mean, dev) in known.parts.items()]
+    return {
+        **raw.scores,
+        "latent_whitened": whitened(raw.gaps, known.mean, known.precision),
+        "calibrated": torch.stack(z_scores).mean(0),
+    }
+
+
 def calibrate(raw: Raw, seed: int) -> Calibration:
     """Statistics from all calibration images, scores from five folds.
 
-    Each image's whitened score uses statistics of the other four fifths: fitted and thresholded
-    on the same few images, a nominal 5 % of false alarms becomes most of them.
+    Each image's scores use statistics of the other four fifths: fitted and thresholded on the same
+    few images, a nominal 5 % of false alarms becomes most of them.
     """
-    rng = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(raw.gaps), generator=rng)
-    out_of_fold = torch.empty(len(order))
+    n = len(raw.gaps)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    scores: dict[str, Tensor] = {}
     for fold in order.tensor_split(FOLDS):
         others = order[~torch.isin(order, fold)]
-        out_of_fold[fold] = whitened(raw.gaps[fold], *fit_whitening(raw.gaps[others]))
-    scores = {**raw.scores, "latent_whitened": out_of_fold}
-    mean, precision = fit_whitening(raw.gaps)
-    return Calibration(mean, precision, {name: s.sort().values for name, s in scores.items()})
+        for name, values in all_scores(raw[fold], fit(raw[others])).items():
+            scores.setdefault(name, torch.empty(n))[fold] = values
+    return Calibration(fit(raw), {name: s.sort().values for name, s in scores.items()})
 
 
 def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
@@ -113,27 +199,28 @@ def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
 class Detector:
     """A trained model with what it knows of normal images; what model.pt holds."""
 
-    generator: Generator
-    discriminator: Discriminator
+    networks: dict[str, nn.Module]  # as networks.build names them
     config: Config
     device: torch.device
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
 
     def __post_init__(self):
-        for network in (self.generator, self.discriminator):
+        for network in self.networks.values():
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device)
+        x = to_input(pixels, self.device, self.config.normalise)
         with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
-            z, x_hat, z_hat = self.generator(x)
-            _, f = self.discriminator(x)
-            _, f_hat = self.discriminator(x_hat)
-        return Outputs(x, x_hat, z, z_hat, f, f_hat)
+            z, x_hat, z_hat = self.networks["generator"](x)
+            _, f = self.networks["discriminator"](x)
+            _, f_hat = self.networks["discriminator"](x_hat)
+            comparator = self.networks.get("comparator")
+            logits = None if comparator is None else comparator(x, x_hat)
+        return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -141,20 +228,28 @@ class Detector:
         normal = self.calibration.scores[self.config.score]
         self.threshold, _ = threshold_at(normal, self.config.quantile)
 
+    def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
+        """function of the Outputs of every batch of uint8 images (N, C, S, S), in float32."""
+        parts = pixels.split(BATCH)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
+            return [function(self.outputs(batch)) for batch in bar]
+
     def raw(self, pixels: Tensor) -> Raw:
         """All uncalibrated scores of uint8 images (N, C, S, S), one pass.
 
         UserError where one is not finite, as of a network that diverged.
         """
-        scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
-        gaps = []
-        batches = pixels.split(BATCH)
-        for batch in tqdm(batches, "scoring", leave=False, disable=None, delay=2):
-            o = self.outputs(batch)
-            for name, function in SCORES.items():
-                scores[name].append(function(o).cpu())
-            gaps.append((o.z - o.z_hat).double().cpu())
-        raw = Raw({name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(gaps))
+        names = [name for name in SCORES if name in self.config.scores]
+        parts = self.each(
+            pixels,
+            lambda o: (
+                {name: SCORES[name](o).cpu() for name in names},
+                (o.z - o.z_hat).double().cpu(),
+            ),
+        )
+        scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
+        raw = Raw(scores, torch.cat([gaps for _, gaps in parts]))
         for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
             if not values.isfinite().all():
                 raise UserError(f"{name} is not finite: the training diverged, lower --lr")
@@ -162,17 +257,31 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        raw = self.raw(pixels)
-        c = self.calibration
-        return {**raw.scores, "latent_whitened": whitened(raw.gaps, c.mean, c.precision)}
+        return all_scores(self.raw(pixels), self.calibration.statistics)
+
+    def heat_maps(self, pixels: Tensor) -> Tensor:
+        """Anomaly of every pixel of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU.
+
+        The mean of the maps, each on the scale of its image-level score: 0 is what the most
+        anomalous pixels of a normal image have in the mean, 1 a deviation more. One scale for all
+        images, so that two of them compare.
+        """
+        known = self.calibration.statistics.parts
+        maps = self.each(
+            pixels,
+            lambda o: sum(
+                (MAPS[name](o) - mean) / dev for name, (mean, dev) in known.items()
+            ).cpu(),
+        )
+        return torch.cat(maps) / len(known)
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""
         return {
             "config": self.config.to_json(),
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "calibration": vars(self.calibration),
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "statistics": vars(self.calibration.statistics),
+            "scores": self.calibration.scores,
             "threshold": self.threshold,
         }
 
@@ -184,17 +293,20 @@ def load_detector(path, device: torch.device) -> Detector:
     try:
         state = read_torch(Path(path))
         config = configuration.from_json(state["config"])
-        generator, discriminator = build(config)
-        generator.load_state_dict(state["generator"])
-        discriminator.load_state_dict(state["discriminator"])
-        calibration, threshold = Calibration(**state["calibration"]), float(state["threshold"])
-        whitened(
-            torch.zeros(1, config.latent_dim).double(), calibration.mean, calibration.precision
+        networks = build(config)
+        for name, network in networks.items():
+            network.load_state_dict(state["networks"][name])
+        calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
+        threshold = float(state["threshold"])
+        nothing = Raw(
+            {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
         )
-        if calibration.scores.keys() != set(configuration.SCORES):
+        if not all_scores(nothing, calibration.statistics).keys() >= calibration.scores.keys():
+            raise ValueError
+        if calibration.scores.keys() != set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):
         raise UserError(
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
         ) from None
-    return Detector(generator, discriminator, config, device, calibration, threshold)
+    return Detector(networks, config, device, calibration, threshold)

@@ -12,23 +12,25 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganomaly import losses
 from ganomaly.batches import Batches, to_device, to_input
 from ganomaly.config import Config
+from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError
-from ganomaly.networks import Discriminator, Generator, build, initialise
+from ganomaly.networks import build, initialise
 
 TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
-NAMES = ("discriminator", "adversarial", "contextual", "encoder", "generator")
+NAMES = ("discriminator", "adversarial", "contextual", "encoder", "generator", "comparator")
+LR_COMPARATOR = 1e-3  # with Adam's usual betas; it plays against nobody
 
 
 @dataclass
 class Trained:
-    generator: Generator  # the running average
-    discriminator: Discriminator  # its last weights
+    networks: dict[str, nn.Module]  # the discriminator's last weights, the others' running average
     seconds: float  # of training, checkpoints left out
     images_per_second: float
 
@@ -37,17 +39,24 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
     run.load() gives a checkpoint to go on from or None, run.save(state) keeps one and
-    run.preview(step, generator) may look at it, run.log(record) takes the mean losses of a tick,
-    run.progress is a tqdm and run.skip(steps) moves it past what was done before. Raises UserError
-    when a loss or a weight is not finite; the last checkpoint stays.
+    run.preview(step, networks) may look at copies of them, run.log(record) takes the mean
+    losses of a tick, run.progress is a tqdm and run.skip(steps) moves it past what was done before.
+    Raises UserError when a loss or a weight is not finite; the last checkpoint stays.
     """
-    # Networks, optimisers, data: one random stream for initialisation and batches
-    rng = torch.Generator().manual_seed(config.seed)
-    generator, discriminator = build(config)
-    for network in (generator, discriminator):
-        initialise(network, rng)
+    # Networks, optimisers, data: one random stream for initialisation and batches, and another for
+    # the comparator, which so leaves the generator as it would be without
+    rng, rng_c = (torch.Generator().manual_seed(config.seed) for _ in range(2))
+    networks = build(config)
+    for name, network in networks.items():
+        initialise(network, rng_c if name == "comparator" else rng)
         network.to(device, memory_format=torch.channels_last).train()
-    average = copy.deepcopy(generator).requires_grad_(False)
+    generator, discriminator = networks["generator"], networks["discriminator"]
+    comparator = networks.get("comparator")
+    averages = {
+        name: copy.deepcopy(network).requires_grad_(False)
+        for name, network in networks.items()
+        if name != "discriminator"
+    }
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
@@ -56,11 +65,19 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     batches = Batches(to_device(images, device), config.batch_size, rng)
     sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
+    loss_c = torch.zeros((), device=device)  # without a comparator
     step, seconds = 0, 0.0
-    parts = dict(
-        generator=generator, discriminator=discriminator, average=average, scaler=scaler,
-        optimizer_g=optimizer_g, optimizer_d=optimizer_d, batches=batches,
-    )  # fmt: skip
+    parts = {
+        **networks, **{f"average_{name}": average for name, average in averages.items()},
+        "optimizer_g": optimizer_g, "optimizer_d": optimizer_d, "scaler": scaler,
+        "batches": batches,
+    }  # fmt: skip
+    corruption, n = None, config.n_corrupted
+    if n:
+        parts["corruption"] = corruption = Corruption(batches.images, config)
+    if comparator is not None:
+        optimizer_c = torch.optim.Adam(comparator.parameters(), lr=LR_COMPARATOR, fused=True)
+        parts["optimizer_c"] = optimizer_c
 
     # Go on from a checkpoint, exactly
     if (state := run.load()) is not None:
@@ -78,12 +95,16 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     start = time.perf_counter()
     while step < config.steps:
-        x = to_input(batches.next(), device)  # (B, C, S, S)
+        x = to_input(batches.next(), device, config.normalise)  # (B, C, S, S)
+        x_in = x
+        if corruption is not None:  # the first n; the batch is shuffled
+            corrupted, mask = corruption(x[:n])
+            x_in = torch.cat([corrupted, x[n:]])
 
-        # One pass of the generator serves both steps: its BatchNorm statistics move once. Each
+        # One pass of the generator serves all steps: its BatchNorm statistics move once. Each
         # step has its own autocast context, since a context keeps the weights it has cast.
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            z, x_hat, z_hat = generator(x)
+            z, x_hat, z_hat = generator(x_in)
 
         # D step
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -101,18 +122,28 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             _, f_hat = discriminator(x_hat)
         adversarial = losses.adversarial(f, f_hat)
         contextual = losses.contextual(x, x_hat)
-        encoder = losses.encoder(z, z_hat)
+        encoder = losses.encoder(z[n:], z_hat[n:])
         loss_g = config.w_adv * adversarial + config.w_con * contextual + config.w_enc * encoder
         optimizer_g.zero_grad()
         scaler.scale(loss_g).backward()
         scaler.step(optimizer_g)
         discriminator.requires_grad_(True)
+
+        # Comparator's step: where was x corrupted? Its gradient does not reach the generator
+        if comparator is not None:
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = comparator(x_in, x_hat.detach())
+            loss_c = losses.comparator(logits, F.pad(mask, (0, 0, 0, 0, 0, len(x) - n)))
+            optimizer_c.zero_grad()
+            scaler.scale(loss_c).backward()
+            scaler.step(optimizer_c)
         scaler.update()
 
         # Running average; a short run is not scored on its initialisation
         step += 1
-        update_average(average, generator, min(config.ema_decay, step / (step + 10)))
-        sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g]).detach()
+        for name, average in averages.items():
+            update_average(average, networks[name], min(config.ema_decay, step / (step + 10)))
+        sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach()
 
         tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps
         if tick or save:
@@ -124,7 +155,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                     f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
                     "the last checkpoint is kept"
                 )
-            if save and not all_finite(generator, discriminator):
+            if save and not all_finite(*networks.values()):
                 raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
@@ -132,15 +163,16 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             run.log({"step": step, **means, "images_per_second": speed})
             sums.zero_()
         run.progress.update()
-        if save:
+        if save:  # after the look: a run that is killed in between looks again
+            run.preview(step, {**networks, **averages})
             state = {name: part.state_dict() for name, part in parts.items()}
             run.save(
                 {**state, "images": fingerprint, "sums": sums, "step": step, "seconds": elapsed}
             )
-            run.preview(step, average)
             seconds, start = elapsed, time.perf_counter()
 
-    return Trained(average, discriminator, seconds, config.steps * config.batch_size / seconds)
+    speed = config.steps * config.batch_size / seconds
+    return Trained({**networks, **averages}, seconds, speed)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, experiment_folder
-from ganomaly.config import ROOT, Config, is_name, resolve
+from ganomaly.cli import Parser, add_place_flags, experiment_folder, recipe_values
+from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError, describe, guard, leaving_at_once
 
 
@@ -86,16 +86,6 @@ def main(argv=None) -> int:
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     return 1 if failed or missing else 0
-
-
-def recipe_values(parser: Parser, args) -> dict:
-    """The values of --config, else of the recipe, with the flags' over them."""
-    if args.config is None:
-        args.config = ROOT / "experiments" / args.recipe / "config.json"
-        if not is_name(args.recipe) or not args.config.is_file():
-            there = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/config.json"))
-            raise UserError(f"--recipe {args.recipe}: no such recipe; there: {', '.join(there)}")
-    return parser.given(args)
 
 
 if __name__ == "__main__":

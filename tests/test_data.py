@@ -361,3 +361,66 @@ def test_decode_keeps_order_and_a_bounded_lead(tmp_path, monkeypatch):
     assert next(stream)[0, 0, 0] == 0
     assert len(started) <= 4
     assert [int(pixels[0, 0, 0]) for pixels in stream] == list(range(1, 30))
+
+
+# Masks
+
+
+def draw_mask(parts, name: str, rows: slice, size: int = 64) -> None:
+    mask = np.zeros((size, size), np.uint8)
+    mask[rows] = 255
+    path = parts / "ground_truth" / "a_bar" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
+
+
+def test_masks_are_of_their_images_at_the_network_s_size(tmp_path):
+    parts = draw_category(tmp_path / "parts", n_bad=2)
+    draw_mask(parts, "000_mask.png", slice(0, 2))
+    draw_mask(parts, "001_mask.png", slice(20, 40))
+    category = data.load(folder(), tmp_path)
+    masks = category.test_masks
+    assert masks.shape == (6, 32, 32) and masks.dtype == torch.bool
+    rows = {
+        path: mask.any(1).nonzero().flatten().tolist()
+        for path, mask in zip(category.test_paths, masks)
+    }
+    assert rows["test/a_bar/000.png"] == [0]
+    assert rows["test/a_bar/001.png"] == list(range(10, 20))
+    assert rows["test/good/000.png"] == []
+
+
+def test_without_all_masks_there_are_none_and_a_note_says_so(tmp_path, capsys):
+    parts = draw_category(tmp_path / "parts", n_bad=2)
+    assert data.load(folder(), tmp_path).test_masks is None
+    assert not capsys.readouterr().err
+    draw_mask(parts, "000.png", slice(0, 2))
+    assert data.load(folder(), tmp_path).test_masks is None
+    assert "1 of 2 defective images have no mask" in capsys.readouterr().err
+
+
+# Photometric normalisation
+
+
+@pytest.mark.parametrize("grey", (True, False))
+def test_normalisation_removes_brightness_and_contrast(grey):
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(60, 120, (5, 1 if grey else 3, 32, 32), generator=rng).byte()
+    cpu = torch.device("cpu")
+    expected = to_input(pixels, cpu, "image")
+    assert torch.allclose(to_input(pixels + 100, cpu, "image"), expected, atol=1e-5)
+    assert torch.allclose(to_input(2 * pixels, cpu, "image"), expected, atol=1e-5)
+    assert expected.mean((1, 2, 3)).abs().max() < 1e-6
+    assert torch.allclose(expected.square().mean((1, 2, 3)).sqrt(), torch.tensor(0.25), atol=1e-6)
+    before = to_input(pixels, cpu)
+    assert not torch.allclose(to_input(pixels + 100, cpu), before, atol=0.1)
+
+
+def test_normalisation_of_an_image_without_content_is_finite_and_quiet():
+    flat = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
+    flat[1, :, 0, 0] = 254
+    x = to_input(flat, torch.device("cpu"), "image")
+    assert x.isfinite().all() and x[0].abs().max() == 0 and x[1].abs().max() < 0.1
+    black_and_white = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    black_and_white[..., 0, 0] = 255
+    assert to_input(black_and_white, torch.device("cpu"), "image").abs().max() == 1  # clipped

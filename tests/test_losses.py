@@ -56,8 +56,23 @@ def test_discriminator_takes_logits_that_a_sigmoid_would_saturate():
 @pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16, torch.float32))
 def test_losses_are_float32_whatever_comes_in(kind):
     a, b = torch.ones(2, 3, 4, 4, dtype=kind), torch.zeros(2, 3, 4, 4, dtype=kind)
-    for loss in (losses.adversarial, losses.contextual, losses.encoder, losses.discriminator):
+    for loss in (
+        losses.adversarial,
+        losses.contextual,
+        losses.encoder,
+        losses.discriminator,
+        losses.comparator,
+    ):
         assert loss(a, b).dtype == torch.float32
     # 70,000 ones: their float16 sum is infinite
     many = torch.ones(70_000, dtype=kind)
     assert losses.contextual(many, torch.zeros_like(many)).item() == 1
+
+
+def test_comparator_is_the_focal_loss():
+    logits, mask = rand(40), (torch.arange(40) % 3 == 0).double()
+    total = 0.0
+    for v, m in zip(logits.tolist(), mask.tolist()):
+        truth = sigmoid(v) if m else 1 - sigmoid(v)
+        total -= (1 - truth) ** 2 * math.log(truth)
+    assert losses.comparator(logits, mask).item() == pytest.approx(total / 40, rel=1e-9)

@@ -5,7 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from ganomaly.networks import Decoder, Discriminator, Encoder, Generator, channel_plan, initialise
+from ganomaly.config import Config
+from ganomaly.networks import (
+    Comparator,
+    Decoder,
+    Discriminator,
+    Encoder,
+    Generator,
+    build,
+    channel_plan,
+    initialise,
+)
 
 SIZES = list(itertools.product((32, 64, 128, 256), (1, 3)))
 LATENT, WIDTH = 7, 4
@@ -99,3 +109,35 @@ def test_only_the_image_layers_and_heads_lack_batchnorm():
 def test_other_sizes_are_refused(image_size):
     with pytest.raises(ValueError, match="power of two"):
         Encoder(image_size, 3, 4, 8)
+
+
+@pytest.mark.parametrize("image_size, channels", SIZES)
+def test_the_comparator_sees_both_images_at_every_pixel(image_size, channels):
+    network = Comparator(image_size, channels, WIDTH).eval()
+    initialise(network, torch.Generator().manual_seed(0))
+    x, x_hat = torch.rand(2, 2, channels, image_size, image_size)
+    logits = network(x, x_hat)
+    assert logits.shape == (2, image_size, image_size)
+    corner = torch.zeros_like(x)
+    corner[..., :4, :4] = 1
+    for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
+        assert ((changed - logits)[:, :4, :4].abs().amax((1, 2)) > 0).all()
+
+
+def test_the_comparator_starts_with_he_s_convolutions():
+    network = Comparator(64, 3, 16)
+    initialise(network, torch.Generator().manual_seed(0))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            error = 5 / math.sqrt(2 * module.weight.numel())
+            assert abs(module.weight.std() * math.sqrt(fan_in / 2) - 1) < error
+            assert module.bias is None or module.bias.abs().max() == 0
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+
+
+def test_a_config_has_a_comparator_where_it_has_a_width():
+    assert list(build(Config(width=4))) == ["generator", "discriminator"]
+    with_one = build(Config(width=4, corrupted=0.5, comparator_width=4))
+    assert list(with_one) == ["generator", "discriminator", "comparator"]

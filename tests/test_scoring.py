@@ -19,7 +19,7 @@ from ganomaly.scoring import (
 )
 
 CPU = torch.device("cpu")
-SMALL = Config(image_size=32, width=4, latent_dim=8)
+SMALL = Config(image_size=32, width=4, latent_dim=8, corrupted=0.5, comparator_width=3)
 
 
 def images(n, seed=0):
@@ -31,20 +31,23 @@ def images(n, seed=0):
 def detector() -> Detector:
     """An untrained network whose BatchNorm statistics have moved, calibrated on noise."""
     rng = torch.Generator().manual_seed(0)
-    generator, discriminator = build(SMALL)
-    for network in (generator, discriminator):
+    networks = build(SMALL)
+    for network in networks.values():
         initialise(network, rng)
         network.train()
     for seed in range(5):
         x = images(16, seed) / 127.5 - 1
-        generator(x), discriminator(x)
-    ours = Detector(generator, discriminator, SMALL, CPU)
+        x_hat = networks["generator"](x)[1]
+        networks["discriminator"](x), networks["comparator"](x, x_hat)
+    ours = Detector(networks, SMALL, CPU)
     ours.calibrate(images(20, 9))
     return ours
 
 
 def close(a: dict, b: dict) -> bool:
-    return all(torch.allclose(a[name], b[name], rtol=1e-5, atol=0) for name in a)
+    """Logits and z-scores cross 0, so they are compared to a millionth of their range too."""
+    signed = {"comparator": 1e-6, "calibrated": 1e-5}
+    return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=signed.get(n, 0)) for n in a)
 
 
 def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, monkeypatch):
@@ -64,7 +67,7 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
 
 def test_scoring_changes_no_buffer_and_no_weight(detector):
     def state():
-        nets = (detector.generator, detector.discriminator)
+        nets = detector.networks.values()
         return [v.clone() for net in nets for v in net.state_dict().values()]
 
     before = state()
@@ -77,8 +80,8 @@ def test_scores_are_their_formulas(detector):
     scores = detector.scores(pixels)
     x = pixels.float() / 127.5 - 1
     with torch.no_grad():
-        z, x_hat, z_hat = detector.generator(x)
-        f, f_hat = (detector.discriminator(image)[1] for image in (x, x_hat))
+        z, x_hat, z_hat = detector.networks["generator"](x)
+        f, f_hat = (detector.networks["discriminator"](image)[1] for image in (x, x_hat))
     for i in range(3):
         gap = (z[i] - z_hat[i]).tolist()
         difference = (x[i] - x_hat[i]).flatten().tolist()
@@ -95,9 +98,10 @@ def test_scores_are_their_formulas(detector):
 
 def test_scores_are_float32_whatever_the_training_precision(detector):
     assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
-    expected = detector.scores(images(2))
+    expected, heat = detector.scores(images(2)), detector.heat_maps(images(2))
     with torch.autocast("cpu", torch.bfloat16):
         assert close(expected, detector.scores(images(2)))
+        assert torch.equal(heat, detector.heat_maps(images(2)))
 
 
 def gaps(n, dim, seed, scale=1.0):
@@ -131,7 +135,9 @@ def test_whitened_is_invariant_under_rotation_shift_and_uniform_scaling():
 
 
 def raw_of(normal: torch.Tensor) -> scoring.Raw:
-    return scoring.Raw({"latent": normal.square().mean(1).float()}, normal)
+    """Of N images: their z - z_hat, and columns of it where the scores with a map would be."""
+    columns = normal[:, :3].T.float()
+    return scoring.Raw(dict(zip(("residual", "gradient", "comparator"), columns)), normal)
 
 
 @pytest.mark.parametrize("n, dim", [(42, 100), (42, 20), (500, 20)])
@@ -145,9 +151,10 @@ def test_false_alarms_of_the_whitened_score_are_those_that_the_threshold_names(n
         normal, test = everything[:n], everything[n:]
         calibration = calibrate(raw_of(normal), seed=draw)
         threshold, named = threshold_at(calibration.scores["latent_whitened"], quantile)
-        scores = whitened(test, calibration.mean, calibration.precision)
+        known = calibration.statistics
+        scores = whitened(test, known.mean, known.precision)
         alarms += int((scores > threshold).sum())
-        fitted = whitened(normal, calibration.mean, calibration.precision)
+        fitted = whitened(normal, known.mean, known.precision)
         in_sample += int((scores > threshold_at(fitted, quantile)[0]).sum())
     trials = draws * fresh
     # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.
@@ -217,13 +224,14 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
         "pickle.pt": lambda p: torch.save({"config": Malicious()}, p),
         "list.pt": lambda p: torch.save([1, 2], p),
         "other.pt": lambda p: torch.save({**state, "config": Config().to_json()}, p),
-        "old.pt": lambda p: torch.save({"generator": state["generator"]}, p),
+        "old.pt": lambda p: torch.save({"generator": state["networks"]["generator"]}, p),
         "cov.pt": lambda p: torch.save(
-            {**state, "calibration": {**state["calibration"], "precision": torch.zeros(3, 3)}}, p
+            {**state, "statistics": {**state["statistics"], "precision": torch.zeros(3, 3)}}, p
         ),
-        "names.pt": lambda p: torch.save(
-            {**state, "calibration": {**state["calibration"], "scores": {}}}, p
+        "parts.pt": lambda p: torch.save(
+            {**state, "statistics": {**state["statistics"], "parts": {"residual": 3}}}, p
         ),
+        "names.pt": lambda p: torch.save({**state, "scores": {}}, p),
     }
     for name, make in bad.items():
         make(tmp_path / name)

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ganomaly import data, experiment, images, pipeline, scoring
 from ganomaly.config import FIELDS, SCORES, Config
@@ -71,14 +73,15 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"} <= set(
         metrics["provenance"]
     )
-    assert set(metrics["scores"]) == set(SCORES)
+    assert set(metrics["scores"]) == set(Config().scores)
+    assert (metrics["pixel_auroc"], metrics["auroc_brightness_raw"]) == (None, None)
     assert metrics["auroc"] == metrics["scores"]["latent"]
     assert (metrics["n_train"], metrics["n_calibration"]) == (14, 10)
     assert (metrics["n_test_good"], metrics["n_test_defective"]) == (4, 5)
     assert json.loads((folder / "config.json").read_text()).keys() == FIELDS.keys()
     assert [json.loads(x)["step"] for x in (folder / "log.jsonl").read_text().splitlines()] == [50]
     rows = list(csv.DictReader((folder / "scores.csv").open()))
-    assert list(rows[0]) == ["path", "defect", "label", *SCORES]
+    assert list(rows[0]) == ["path", "defect", "label", *Config().scores]
     assert rows[0]["path"] == "test/a_bar/000.png" and rows[0]["label"] == "1"
     assert rows[8]["defect"] == "good" and rows[8]["label"] == "0"
     for word in ("AUROC", "brightness", "mean image", "PCA-40", "F1-max", "calling all"):
@@ -136,7 +139,10 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     expected = results("base", base)
     for name, value in {**CHANGES, "channels": 1}.items():
         more = {"category": "3", "dataset": "digits"} if name == "dataset" else {name: value}
-        assert results(name, base.replace(**more)) != expected, f"{name} changes nothing"
+        start = expected
+        if name == "comparator_width":
+            more, start = {**more, "corrupted": 0.5}, results("c", base.replace(corrupted=0.5))
+        assert results(name, base.replace(**more)) != start, f"{name} changes nothing"
     assert results("again", base) == expected  # so that the differences above mean something
 
 
@@ -150,10 +156,46 @@ def test_training_never_sees_calibration_or_test_images(script, tmp_path):
         draw(path, rng, defective=True, size=64)
     script("train", *train_words(tmp_path / "images", tmp_path / "b"))
     states = [torch.load(folder_of(tmp_path / run) / "model.pt", weights_only=True) for run in "ab"]
-    for network in ("generator", "discriminator"):
-        for name, value in states[0][network].items():
-            assert torch.equal(value, states[1][network][name]), name
+    for network, state in states[0]["networks"].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1]["networks"][network][name]), name
     assert states[0]["threshold"] != states[1]["threshold"]  # they were calibrated with
+
+
+def test_the_last_look_is_the_result_and_looking_changes_nothing(
+    script, parts, tmp_path, monkeypatch
+):
+    words = train_words(parts, tmp_path / "a", "--checkpoint-every=2")
+    assert script("train", *words)[0] == 0
+    metrics, scores = numbers(folder_of(tmp_path / "a"))
+    rows = list(csv.DictReader((folder_of(tmp_path / "a") / "curve.csv").open()))
+    assert [row.pop("step") for row in rows] == ["2", "4", "6"]
+    assert rows[-1] == {name: f"{value:.6g}" for name, value in metrics["scores"].items()}
+    assert (tmp_path / "a" / "local" / "curves.svg").is_file()
+    monkeypatch.setattr(Run, "preview", lambda *_: None)
+    script("train", *train_words(parts, tmp_path / "b", "--checkpoint-every=2"))
+    assert numbers(folder_of(tmp_path / "b")) == (metrics, scores)
+
+
+CALIBRATED = ["--corrupted=.5", "--comparator-width=4", "--normalise=image", "--score=calibrated"]
+
+
+def test_a_calibrated_run_has_every_score_and_figures_of_pixels(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
+    for path in (root / "test" / "a_bar").iterdir():  # the bar is what is over 240
+        bar = np.asarray(Image.open(path)).min(2) > 240
+        mask = root / "ground_truth" / "a_bar" / f"{path.stem}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(bar).save(mask)
+    words = train_words(tmp_path / "images", tmp_path, "--steps=200", "--width=8", *CALIBRATED)
+    code, out, err = script("train", *words)
+    assert code == 0, err
+    metrics, _ = numbers(folder_of(tmp_path))
+    assert set(metrics["scores"]) == set(SCORES)
+    assert metrics["auroc"] == metrics["scores"]["calibrated"] > 0.9
+    assert metrics["pixel_auroc"] > 0.8
+    # The bars make an image brighter; of what the network sees that is gone
+    assert metrics["auroc_brightness_raw"] > 0.9 and 0.1 < metrics["auroc_brightness"] < 0.9
 
 
 def test_labels_are_not_inverted(script, tmp_path):
@@ -270,6 +312,8 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(script, parts, tmp_pa
     assert not (folder / "metrics.json").exists(), "killed too late to show anything"
     assert script("train", *words)[0] == 0
     assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
+    curves = [(f / "curve.csv").read_text() for f in (folder, folder_of(tmp_path / "whole"))]
+    assert curves[0] == curves[1] and curves[0].count("\n") == 21
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(50, 401, 50))
 
@@ -420,7 +464,7 @@ def test_a_network_that_diverged_is_one_line(script, parts, tmp_path, monkeypatc
 
     def diverged(*args):
         trained = real(*args)
-        torch.nn.init.constant_(trained.generator.encoder2.head.weight, float("inf"))
+        torch.nn.init.constant_(trained.networks["generator"].encoder2.head.weight, float("inf"))
         return trained
 
     monkeypatch.setattr(pipeline, "train", diverged)
@@ -668,3 +712,58 @@ def test_digits_are_the_default_and_need_nothing(script, tmp_path):
     flags = ["--steps=2", "--width=4", "--experiments-dir", tmp_path, "--download"]
     code, out, _ = script("train", *flags)
     assert code == 0 and out.startswith("0 seed 42: 1036 images trained on")
+
+
+# ablate.py
+
+
+@pytest.fixture
+def ablate():
+    spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts/ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ablation_words(parts, tmp_path, *more):
+    recipe = tmp_path / "recipe.json"
+    values = {"dataset": "folder", **TINY, "corrupted": 0.5, "comparator_width": 3}
+    recipe.write_text(json.dumps({**values, "normalise": "image", "score": "calibrated"}))
+    return ["--config", recipe, "--data-root", parts, "--experiments-dir", tmp_path, *more]
+
+
+def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
+    some = ["--only", "base", "half the steps", "no comparator", "--seeds", 1, 2]
+    code, out, err = script("ablate", *ablation_words(parts, tmp_path, *some))
+    assert code == 0, err
+    folder = tmp_path / "ablations"
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [(row["ablation"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("base", "half the steps", "no comparator") for seed in ("1", "2")
+    ]
+    base = {row["seed"]: float(row["auroc"]) for row in rows if row["ablation"] == "base"}
+    for row in rows:
+        expected = float(row["auroc"]) - base[row["seed"]]
+        assert float(row["difference"]) == pytest.approx(expected, abs=2e-6)
+    assert rows[-1]["auroc_comparator"] == "" and rows[0]["auroc_comparator"]
+    assert "| half the steps |" in out and "±" in out
+    steps = json.loads((folder / "half-the-steps/parts/seed1/config.json").read_text())["steps"]
+    assert steps == TINY["steps"] // 2
+    before = {p: p.read_bytes() for p in folder.rglob("metrics.json")}
+    assert script("ablate", *ablation_words(parts, tmp_path, *some))[0] == 0
+    assert {p: p.read_bytes() for p in folder.rglob("metrics.json")} == before
+
+
+def test_every_ablation_changes_the_recipe_and_none_twice_alike(ablate):
+    recipe = Config(
+        dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="image",
+        score="calibrated",
+    )  # fmt: skip
+    configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]
+    assert configs[0] == recipe and len(set(configs)) == len(configs)
+    assert len({ablate.slug(name) for name, _ in ablate.ABLATIONS}) == len(configs)
+
+
+def test_an_unknown_ablation_is_refused_by_name(script, parts, tmp_path):
+    code, _, err = script("ablate", *ablation_words(parts, tmp_path, "--only", "no bias"))
+    assert code == 2 and "there: base, no adversarial loss" in one_line_error(err)

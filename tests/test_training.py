@@ -37,7 +37,7 @@ class Memory:
     def log(self, record):
         self.records.append(record)
 
-    def preview(self, step, generator):
+    def preview(self, step, networks):
         pass
 
     def skip(self, steps):
@@ -50,8 +50,7 @@ def images(n=14, channels=3, seed=0):
 
 
 def weights(trained):
-    both = (trained.generator.state_dict(), trained.discriminator.state_dict())
-    return [value for state in both for value in state.values()]
+    return [v for network in trained.networks.values() for v in network.state_dict().values()]
 
 
 def same(first, second) -> bool:
@@ -61,7 +60,7 @@ def same(first, second) -> bool:
 def literal(config: Config, pixels: torch.Tensor):
     """The algorithm written out plainly: equations 1 to 4, nothing shared but the networks."""
     rng = torch.Generator().manual_seed(config.seed)
-    g, d = build(config)
+    g, d = build(config).values()
     initialise(g, rng)
     initialise(d, rng)
     average = {k: v.clone() for k, v in g.state_dict().items()}
@@ -104,9 +103,9 @@ def test_training_is_the_algorithm_written_out(ema_decay):
     config = SMALL.replace(ema_decay=ema_decay)
     trained = train(config, images(), CPU, Memory())
     _, d, average = literal(config, images())
-    state = trained.generator.state_dict()
+    state = trained.networks["generator"].state_dict()
     pairs = [(state[name], average[name]) for name in average if average[name].is_floating_point()]
-    pairs += [*zip(trained.discriminator.parameters(), d.parameters())]
+    pairs += [*zip(trained.networks["discriminator"].parameters(), d.parameters())]
     apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
     # A step moves a weight by about lr; here rounding alone tells the two apart.
     assert apart.mean() < 0.002 * config.lr
@@ -116,6 +115,50 @@ def test_same_seed_same_bits_and_other_seed_other_weights():
     first, again = (train(SMALL, images(), CPU, Memory()) for _ in range(2))
     assert same(first, again)
     assert not same(first, train(SMALL.replace(seed=1), images(), CPU, Memory()))
+
+
+def test_with_a_comparator_the_clean_image_is_what_is_asked_for(monkeypatch):
+    """Real, reconstruction's target and features are of the clean images; L_enc leaves out the
+    corrupted ones; the comparator sees what the generator saw, and gives it no gradient."""
+    config = SMALL.replace(corrupted=0.5, comparator_width=4, w_adv=0.0, w_enc=0.0, steps=1)
+    seen = {}
+
+    def spy(name):
+        real = getattr(training.losses, name)
+        monkeypatch.setattr(training.losses, name, lambda *a: seen.setdefault(name, a) and real(*a))
+
+    for name in ("contextual", "encoder", "comparator"):
+        spy(name)
+    inputs = []
+    forward = training.build(config)["generator"].__class__.forward
+    monkeypatch.setattr(
+        "ganomaly.networks.Generator.forward", lambda self, x: inputs.append(x) or forward(self, x)
+    )
+    pixels = images()
+    trained = train(config, pixels, CPU, Memory())
+    clean = {tuple(x.flatten().tolist()) for x in pixels / 127.5 - 1}
+    for target, given, corrupted in zip(seen["contextual"][0], inputs[0], (1, 1, 0, 0)):
+        assert tuple(target.flatten().tolist()) in clean
+        assert (not torch.equal(target, given)) == bool(corrupted)
+    assert len(seen["encoder"][0]) == 2
+    logits, mask = seen["comparator"]
+    assert logits.shape == mask.shape == (4, 32, 32)
+    assert mask[2:].sum() == 0 and mask[:2].sum() > 0
+    # The same generator as without a comparator: it only watches
+    alone = train(config.replace(comparator_width=0), pixels, CPU, Memory())
+    assert trained.networks.keys() - alone.networks.keys() == {"comparator"}
+    pairs = zip(*(t.networks["generator"].state_dict().values() for t in (trained, alone)))
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
+def test_a_resumed_run_with_a_comparator_is_the_same_bit_for_bit(amp):
+    config = SMALL.replace(
+        amp=amp, corrupted=0.5, comparator_width=4, normalise="image", checkpoint_every=4
+    )
+    whole = Memory()
+    expected = train(config, images(), CPU, whole)
+    assert same(expected, train(config, images(), CPU, Memory(whole.saved[4])))
 
 
 @pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
@@ -143,7 +186,7 @@ def test_a_checkpoint_of_other_code_is_refused():
     whole = Memory()
     train(SMALL, images(), CPU, whole)
     state = torch.load(io.BytesIO(whole.saved[3]), weights_only=True)
-    for change in ({"sums": torch.zeros(6)}, {"generator": {"a": torch.zeros(1)}}):
+    for change in ({"sums": torch.zeros(7)}, {"generator": {"a": torch.zeros(1)}}):
         buffer = io.BytesIO()
         torch.save({**state, **change}, buffer)
         with pytest.raises(UserError, match="of other code"):
@@ -240,14 +283,17 @@ def test_without_decay_the_last_weights_are_scored_and_a_short_run_is_not_its_st
     memory = Memory()
     trained = train(SMALL.replace(ema_decay=0.0), images(), CPU, memory)
     last = torch.load(io.BytesIO(memory.saved[6]), weights_only=True)["generator"]
-    for name, value in trained.generator.state_dict().items():
+    generator = trained.networks["generator"]
+    for name, value in generator.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, last[name])
     # decay .999 for 6 steps would keep 99 % of the initialisation
     slow = train(SMALL.replace(ema_decay=0.999), images(), CPU, Memory())
-    start, _ = build(SMALL)
+    start = build(SMALL)["generator"]
     initialise(start, torch.Generator().manual_seed(SMALL.seed))
-    at = [n.decoder.layers[0].weight.detach() for n in (start, slow.generator, trained.generator)]
+    at = [
+        n.decoder.layers[0].weight.detach() for n in (start, slow.networks["generator"], generator)
+    ]
     assert (at[1] - at[0]).norm() > 0.3 * (at[2] - at[0]).norm()
 
 
@@ -278,11 +324,16 @@ def test_a_checkpoint_holds_all_that_goes_on():
     memory = Memory()
     train(SMALL.replace(amp="fp16"), images(), CPU, memory)
     state = torch.load(io.BytesIO(memory.saved[3]), weights_only=True)
-    assert {"generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler"} < set(
-        state
-    )
+    assert {
+        "generator",
+        "discriminator",
+        "average_generator",
+        "optimizer_g",
+        "optimizer_d",
+        "scaler",
+    } < set(state)
     assert {"batches", "step", "seconds", "sums", "images"} < set(state)
-    assert "encoder1.features.3.running_var" in state["average"]
+    assert "encoder1.features.3.running_var" in state["average_generator"]
 
 
 def test_fewer_images_than_a_batch_train():

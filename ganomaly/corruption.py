@@ -1,0 +1,159 @@
+"""Pseudo-anomalies: normal images with a region replaced, and where.
+
+No real defect is imitated. Regions are blobs, rectangles, lines and soft shadows of many sizes;
+what fills them is a piece of a normal image, a change of shade, or a flat colour. The idea is
+that of DRAEM (Zavrtanik et al., ICCV 2021) and CutPaste (Li et al., CVPR 2021), without their
+textures or categories' rules.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ganomaly.batches import to_input
+from ganomaly.config import Config
+
+MASKS = 600  # drawn once a run, then flipped and moved for every image
+
+
+class Corruption:
+    """Corrupts batches of float images in [-1, 1]; state_dict() holds its place in the stream.
+
+    images: uint8 (n, C, S, S), normal images to paste from.
+    """
+
+    def __init__(self, images: Tensor, config: Config):
+        self.images, self.normalise = images, config.normalise
+        self.rng = torch.Generator().manual_seed(config.seed)
+        masks = [draw_mask(config.image_size, self.rng) for _ in range(MASKS)]
+        self.masks = torch.stack(masks)[:, None].to(images.device)
+        # Grey images stay grey: a colour cast would give the corrupted ones away.
+        some = to_input(images[:256], images.device, self.normalise)
+        self.chroma = float((some - some.mean(1, keepdim=True)).std())
+
+    def draws(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.rng).to(self.images.device)
+
+    def whole(self, low: int, high: int, n: int) -> Tensor:
+        return torch.randint(low, high, (n,), generator=self.rng).to(self.images.device)
+
+    def colour(self, like: Tensor) -> Tensor:
+        cast = torch.randn(*like.shape[:2], 1, 1, generator=self.rng)
+        return self.chroma * cast.to(like.device)
+
+    def moved(self, images: Tensor, reach: float) -> Tensor:
+        """Each image transposed or not, mirrored or not, and rolled by up to reach S."""
+        n, size = len(images), images.shape[-1]
+        images = torch.where(self.draws(n, 1, 1, 1) < 0.5, images, images.transpose(2, 3))
+        pixel = torch.arange(size, device=images.device)
+        reach = max(1, int(reach * size))
+        rows, columns = (
+            torch.where(self.draws(n, 1) < 0.5, pixel, pixel.flip(0))
+            .add(self.whole(-reach, reach + 1, n)[:, None])
+            .remainder(size)
+            for _ in range(2)
+        )
+        image, channel = (torch.arange(k, device=images.device) for k in images.shape[:2])
+        return images[
+            image[:, None, None, None],
+            channel[:, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, S, S) in [-1, 1] -> (corrupted x, mask (B, S, S) in {0, 1}).
+
+        The mask is empty where the change came out too small to see.
+        """
+        n, _, size, _ = x.shape
+        alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
+
+        # A piece of another image or of itself
+        other = self.images[self.whole(0, len(self.images), n)]
+        other = to_input(other, x.device, self.normalise)
+        piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
+        piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))
+        piece = piece + 0.4 * self.draws(n, 1, 1, 1) - 0.2 + 0.3 * self.colour(x)
+        # Lighter or darker
+        sign = self.draws(n, 1, 1, 1).sub(0.5).sign()
+        shade = x * (1 - 0.3 * self.draws(n, 1, 1, 1)) + 0.5 * self.colour(x)
+        shade = shade + sign * (0.12 + self.draws(n, 1, 1, 1).square())
+        # A flat colour with some texture
+        cells = int(2 * (size / 2) ** float(self.draws(1)))
+        noise = torch.randn(n, 1, cells, cells, generator=self.rng).to(x.device)
+        texture = F.interpolate(noise, size=(size, size), mode="bilinear")
+        flat = 2 * self.draws(n, 1, 1, 1) - 1 + 0.3 * self.draws(n, 1, 1, 1) * texture
+        flat = flat + self.colour(x)
+
+        kind = self.draws(n, 1, 1, 1)
+        fill = torch.where(kind < 0.5, piece, torch.where(kind < 0.8, shade, flat))
+        weight = alpha * (0.2 + 0.8 * self.draws(n, 1, 1, 1))
+        corrupted = x + weight * (fill.clamp(-1, 1) - x)
+
+        mask = (alpha > 0.3).float()
+        change = (corrupted - x).abs().mean(1, keepdim=True)
+        seen = (change * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+        return corrupted, mask[:, 0] * (seen > 0.04).float()[:, None, None]
+
+    def state_dict(self) -> dict:
+        return {"rng": self.rng.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.set_state(state["rng"].cpu())
+
+
+def draw_mask(size: int, rng: torch.Generator) -> Tensor:
+    """One region (S, S) in [0, 1], of at least two pixels; every kind is as likely."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=rng))
+
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    while True:
+        kind = int(torch.randint(4, (), generator=rng))
+        cy, cx, turn = uniform(0, size), uniform(0, size), uniform(0, math.pi)
+        if kind == 0:  # blobs: the highest parts of smooth noise inside a disc
+            noise = smooth_noise(size, uniform(3, 20), uniform(3, 20), turn, rng)
+            inside = torch.hypot(y - cy, x - cx) < size * uniform(0.05, 0.4)
+            if inside.sum() < 4:
+                continue
+            level = torch.quantile(noise[inside], 1 - uniform(0.1, 0.6))
+            mask = ((noise >= level) & inside).float()
+        elif kind == 1:  # a rectangle, upright or turned
+            area, aspect = 2 ** uniform(-9, -3) * size**2, 2 ** uniform(-3, 3)
+            height, width = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            turn *= uniform(0, 1) < 0.5
+            along = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
+            across = (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
+            mask = ((2 * along.abs() <= width) & (2 * across.abs() <= height)).float()
+        elif kind == 2:  # a curved line
+            length = size * 2 ** uniform(-3, 0)
+            bends = torch.randn(1, 1, int(uniform(2, 8)), generator=rng) * uniform(0, 1.5)
+            points = max(4, int(length))
+            angle = 2 * turn + F.interpolate(bends, points, mode="linear", align_corners=True)[0, 0]
+            py = cy + angle.sin().cumsum(0) * length / points
+            px = cx + angle.cos().cumsum(0) * length / points
+            distance = torch.hypot(y[..., None] - py, x[..., None] - px).amin(2)
+            mask = (size / 64 * 2 ** uniform(-1.2, 1.3) + 0.5 - distance).clamp(0, 1)
+        else:  # a soft shadow: smooth noise through a sigmoid
+            noise = smooth_noise(size, uniform(3, 6), uniform(3, 6), turn, rng)
+            noise = (noise - noise.mean()) / noise.std()
+            mask = torch.sigmoid((noise - uniform(0.3, 1.5)) * 2 ** uniform(1, 3.5))
+        if (mask > 0.3).sum() >= 2:
+            return mask
+
+
+def smooth_noise(size: int, rows: float, columns: float, turn: float, rng) -> Tensor:
+    """Turned smooth noise (S, S) with about that many cells along its sides."""
+    cells = torch.randn(1, 1, int(rows), int(columns), generator=rng)
+    noise = F.interpolate(cells, (2 * size, 2 * size), mode="bicubic", align_corners=True)
+    cos, sin = 0.7 * math.cos(turn), 0.7 * math.sin(turn)
+    grid = F.affine_grid(
+        torch.tensor([[[cos, -sin, 0], [sin, cos, 0]]]), [1, 1, size, size], align_corners=False
+    )
+    return F.grid_sample(noise, grid, align_corners=False)[0, 0]

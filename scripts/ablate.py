@@ -1,0 +1,157 @@
+"""What each part of a recipe is worth: the recipe again without it, over sets and seeds.
+
+ABLATIONS is the list; adding one is adding one line. Runs go to
+experiments/<experiment>/<ablation>/<category>/seed<seed>/, finished ones are left alone, unfinished
+ones go on. results.md holds means, standard deviations and differences to the base run, paired by
+category and seed.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly.cli import Parser, add_place_flags, experiment_folder, recipe_values
+from ganomaly.config import Config, resolve
+from ganomaly.errors import UserError, guard, leaving_at_once
+
+# A name, and what it changes of the recipe: a value, or a function of the recipe
+ABLATIONS = [
+    ("base", {}),
+    ("no adversarial loss", dict(w_adv=0.0)),
+    ("no contextual loss", dict(w_con=0.0)),
+    ("no encoder loss", dict(w_enc=0.0)),
+    ("no running average", dict(ema_decay=0.0)),
+    ("half the steps", dict(steps=lambda recipe: recipe.steps // 2)),
+    ("twice the steps", dict(steps=lambda recipe: recipe.steps * 2)),
+    ("float32", dict(amp="fp32")),
+    ("images as they are", dict(normalise="none")),
+    ("no comparator", dict(comparator_width=0)),
+    ("no corruption, no comparator", dict(corrupted=0.0, comparator_width=0)),
+]
+
+
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
+    parser.add_argument("--experiment", default="ablations", metavar="NAME", help="[ablations]")
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
+    add_place_flags(parser)
+    parser.add_config_flags()
+    args = parser.parse_args(argv)
+    recipe = resolve({**recipe_values(parser, args), "category": None})
+    names = [name for name, _ in ABLATIONS]
+    if unknown := set(args.only or ()) - set(names):
+        raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
+    folder = experiment_folder(args, args.experiment)
+
+    with leaving_at_once():
+        from ganomaly import data, pipeline
+
+    categories = args.categories or data.categories_of(recipe, args.data_root)
+    device = pipeline.use_device(args.device)
+    for seed in args.seeds or [recipe.seed]:
+        for name, changes in ABLATIONS:
+            for category in categories:
+                if args.only and name not in args.only:
+                    continue
+                config = changed(recipe, changes).replace(category=category, seed=seed)
+                metrics, _ = pipeline.run_one(
+                    config, folder / slug(name), args.data_root, device, download=args.download
+                )
+                print(f"{name}, {category} seed {seed}: AUROC {metrics['auroc']:.4f}", flush=True)
+                write_tables(folder)
+    print((folder / "results.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def slug(name: str) -> str:
+    return "-".join(name.replace(",", "").split())
+
+
+def changed(recipe: Config, changes: dict) -> Config:
+    values = {k: v(recipe) if callable(v) else v for k, v in changes.items()}
+    return recipe.replace(**values)
+
+
+def write_tables(folder: Path) -> None:
+    """results.csv and results.md, from the metrics of all runs that are there."""
+    from ganomaly.experiment import read_metrics
+    from ganomaly.files import write_atomic
+    from ganomaly.results import csv_text
+
+    runs = {}  # (ablation, category, seed) -> metrics
+    for name, _ in ABLATIONS:
+        for path in sorted((folder / slug(name)).glob("*/seed*/metrics.json")):
+            metrics = read_metrics(path)
+            if metrics["auroc"] is not None:
+                runs[name, metrics["category"], metrics["seed"]] = metrics
+    scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+    rows = []
+    for (name, category, seed), m in runs.items():
+        base = runs.get(("base", category, seed))
+        apart = None if base is None else f"{m['auroc'] - base['auroc']:.6g}"
+        every = [m["scores"].get(s) for s in scores]
+        every = [None if v is None else f"{v:.6g}" for v in every]
+        rows.append([name, category, seed, f"{m['auroc']:.6g}", apart, *every])
+    header = [
+        "ablation",
+        "category",
+        "seed",
+        "auroc",
+        "difference",
+        *(f"auroc_{s}" for s in scores),
+    ]
+    write_atomic(folder / "results.csv", csv_text(header, rows))
+    write_atomic(folder / "results.md", markdown(runs, scores))
+
+
+def markdown(runs: dict, scores: list[str]) -> str:
+    categories = sorted({category for _, category, _ in runs})
+    seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
+    names = list(dict.fromkeys(name for name, *_ in runs))
+
+    def values(name: str, category: str | None, pick) -> tuple[list[float], list[float]]:
+        """The figure of an ablation's runs, and its differences to the base run's."""
+        mine = {k[1:]: m for k, m in runs.items() if k[0] == name and category in (None, k[1])}
+        pairs = [(pick(m), pick(runs.get(("base", *key), {}))) for key, m in mine.items()]
+        figures = [a for a, _ in pairs if a is not None]
+        return figures, [a - b for a, b in pairs if a is not None and b is not None]
+
+    def cell(numbers: list[float], sign: str = "") -> str:
+        if not numbers:
+            return ""
+        deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+        return f"{statistics.fmean(numbers):{sign}.3f}{deviation}"
+
+    lines = [
+        "# Ablations",
+        "",
+        f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
+        "difference to the base run of the same category and seed.",
+        "",
+    ]
+    titles = [f"{c} | difference" for c in categories] + ["difference, all"]
+    lines += [f"| ablation | {' | '.join(titles)} |", "|---" * (2 * len(categories) + 2) + "|"]
+    for name in names:
+        cells = []
+        for category in categories:
+            figures, apart = values(name, category, lambda m: m.get("auroc"))
+            cells += [cell(figures), "" if name == "base" else cell(apart, "+")]
+        _, apart = values(name, None, lambda m: m.get("auroc"))
+        cells.append("" if name == "base" else cell(apart, "+"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Every score of the same runs, difference to the base run over all sets:", ""]
+    lines += [f"| ablation | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+    for name in names:
+        both = [values(name, None, lambda m, s=s: m.get("scores", {}).get(s)) for s in scores]
+        cells = [cell(figures) if name == "base" else cell(apart, "+") for figures, apart in both]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

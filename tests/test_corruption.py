@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from ganomaly.batches import to_input
+from ganomaly.config import Config
+from ganomaly.corruption import Corruption, draw_mask
+
+CPU = torch.device("cpu")
+
+
+def config(size=32, **values) -> Config:
+    return Config(image_size=size, corrupted=0.5, **values)
+
+
+def images(n=12, size=32, grey=False, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 1 if grey else 3, size, size), generator=rng)
+    return pixels.expand(n, 3, size, size).contiguous().byte()
+
+
+@pytest.mark.parametrize("size", (32, 64, 128))
+def test_regions_are_of_all_kinds_and_sizes_and_never_nothing(size):
+    rng = torch.Generator().manual_seed(0)
+    masks = torch.stack([draw_mask(size, rng) for _ in range(200)])
+    assert masks.shape == (200, size, size) and masks.min() == 0 and masks.max() <= 1
+    area = (masks > 0.3).float().mean((1, 2))
+    assert area.min() * size**2 >= 2 and area.min() < 0.01 and area.max() > 0.2
+    soft = ((masks > 0.05) & (masks < 0.95)).float().mean((1, 2))
+    assert 20 < (soft > 0.1).sum() < 100  # shadows, the quarter without a sharp edge
+
+
+def test_only_the_region_changes_and_the_mask_is_where(monkeypatch):
+    pixels = images(40)
+    corruption = Corruption(pixels, config())
+    x = to_input(pixels, CPU)
+    before = x.clone()
+    corrupted, mask = corruption(x)
+    assert torch.equal(x, before)
+    assert corrupted.shape == x.shape and mask.shape == (40, 32, 32)
+    assert corrupted.abs().max() <= 1 and set(mask.unique().tolist()) == {0.0, 1.0}
+    change = (corrupted - x).abs().mean(1)
+    marked = mask.sum((1, 2)) > 0
+    assert marked.sum() > 30
+    for c, m in zip(change[marked], mask[marked].bool()):
+        assert c[m].mean() > 0.04 and c[m].mean() > 3 * c[~m].mean()
+
+
+def test_a_change_too_small_to_see_is_not_marked():
+    pixels = torch.full((8, 3, 32, 32), 100, dtype=torch.uint8)
+    corruption = Corruption(pixels, config())
+    x = to_input(pixels, CPU)
+    for _ in range(20):
+        corrupted, mask = corruption(x)
+        unseen = mask.sum((1, 2)) == 0
+        assert (corrupted - x)[unseen].abs().amax() < 1 if unseen.any() else True
+        seen = (corrupted - x).abs().mean(1)
+        for c, m in zip(seen[~unseen], mask[~unseen].bool()):
+            assert c[m].mean() > 0.04
+
+
+def test_grey_images_stay_grey_and_coloured_ones_do_not():
+    for grey in (True, False):
+        pixels = images(16, grey=grey)
+        corrupted, _ = Corruption(pixels, config())(to_input(pixels, CPU))
+        spread = (corrupted - corrupted.mean(1, keepdim=True)).abs().max()
+        assert (spread < 1e-6) == grey
+
+
+def test_the_stream_goes_on_from_its_state():
+    pixels = images()
+    x = to_input(pixels, CPU)
+    first, again, other = (Corruption(pixels, config(seed=seed)) for seed in (1, 1, 2))
+    first(x)
+    state = first.state_dict()
+    expected = first(x)
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again(x)))
+    assert not torch.equal(expected[0], other(x)[0])
+
+
+def test_moved_keeps_the_pixels_of_every_image():
+    pixels = images(6)
+    corruption = Corruption(pixels, config())
+    x = to_input(pixels, CPU)
+    moved = corruption.moved(x, 0.5)
+    assert not torch.equal(moved, x)
+    for a, b in zip(moved, x):
+        for channel in range(3):
+            assert torch.equal(
+                a[channel].flatten().sort().values, b[channel].flatten().sort().values
+            )
