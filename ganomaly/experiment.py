@@ -224,8 +224,7 @@ def check_recipe(experiment: Path, config: Config) -> None:
     path = experiment / "config.json"
     if experiment.name == SCRATCH or not path.is_file():
         return
-    ignore = ("category", "seed", "checkpoint_every")
-    if changed := configuration.differences(config, configuration.load(path), ignore):
+    if changed := configuration.differences(recipe_of(config), recipe_of(configuration.load(path))):
         raise UserError(
             f"{path} is another recipe: {', '.join(changed)}; choose another --experiment, "
             "or remove that file if it was a mistake"
@@ -237,6 +236,12 @@ def write_recipe(experiment: Path, config: Config) -> None:
     path = experiment / "config.json"
     if experiment.name != SCRATCH and not path.is_file():
         write_atomic(path, config.replace(category=None, seed=SEED).to_json())
+
+
+def recipe_of(config: Config) -> Config:
+    """What runs of one recipe have in common. mvtec is a folder whose categories have names."""
+    dataset = "folder" if config.dataset == "mvtec" else config.dataset
+    return config.replace(dataset=dataset, category=None, seed=SEED)
 
 
 # Tables, from the metrics.json files
@@ -261,9 +266,8 @@ def write_results(experiment: Path) -> None:
     found = {path: read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")}
     runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
     # Means are of runs of one config; `local` may hold others.
-    configs = [configuration.load(path.with_name("config.json")) for path in found]
-    ignore = ("category", "seed", "checkpoint_every")
-    alike = not any(configuration.differences(c, configs[0], ignore) for c in configs)
+    recipes = [recipe_of(configuration.load(path.with_name("config.json"))) for path in found]
+    alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
     curves: dict[str, list] = {}
     for path in sorted(experiment.glob("*/seed*/curve.csv")):
         curves.setdefault(path.parent.parent.name, []).append(read_curve(path))

@@ -99,14 +99,21 @@ def results_md(name: str, runs: list[dict], alike: bool = True) -> str:
         row for row in means if row["category"].split(" without")[0] != "Mean of 1"
     ]
     published = PUBLISHED.get(evaluated[0]["dataset"], {}) if means else {}
+    names = {row["category"] for row in shown}
+    published = {title: figures for title, figures in published.items() if names & figures.keys()}
     columns = {
         "AUROC": "auroc",
         "F1": "f1",
         "F1-max (oracle)": "f1_max",
         "F1, all called defective": "f1_trivial",
+        "pixel AUROC": "pixel_auroc",
         "AUROC of brightness": "auroc_brightness",
+        "of brightness before normalisation": "auroc_brightness_raw",
         "of distance to the mean image": "auroc_mean_distance",
         "of PCA-40 residual": "auroc_pca",
+    }
+    columns = {
+        title: key for title, key in columns.items() if any(r.get(key) is not None for r in shown)
     }
     lines += [
         f"Score {', '.join(sorted({row['score'] for row in evaluated}))}; seeds {seeds}; mean ± "
@@ -132,7 +139,8 @@ def table(columns: dict, rows: list[dict], published: dict) -> list[str]:
                 figure = published[title].get(category)
                 cells.append("" if figure is None else f"{figure:.3f}")
             else:
-                values = [r[key] for r in rows if r["category"] == category and key in r]
+                mine = [r.get(key) for r in rows if r["category"] == category]
+                values = [value for value in mine if value is not None]
                 cells.append(spread(values))
         name = category.replace("|", "\\|")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -152,6 +160,12 @@ def summary(m: dict) -> str:
     if m["auroc"] is None:
         share = f"threshold {m['threshold']:.6g} of score {m['score']}"
         return f"{head}; {share}; no test/, so nothing could be evaluated"
+    more = {
+        "AUROC of pixels": m["pixel_auroc"],
+        "of brightness before normalisation": m["auroc_brightness_raw"],
+    }
+    told = [f"{name} {value:.4f}" for name, value in more.items() if value is not None]
+    extra = ["  and       " + ", ".join(told)] if told else []
     others = "  ".join(f"{name} {value:.4f}" for name, value in m["scores"].items())
     return "\n".join(
         (
@@ -164,6 +178,7 @@ def summary(m: dict) -> str:
             f"{m['f1_trivial']:.4f}",
             f"  controls  AUROC of brightness {m['auroc_brightness']:.4f}, of distance to the mean "
             f"image {m['auroc_mean_distance']:.4f}, of PCA-40 {m['auroc_pca']:.4f}",
+            *extra,
             f"  scores    AUROC {others}",
         )
     )
