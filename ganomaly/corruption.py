@@ -1,9 +1,9 @@
 """Pseudo-anomalies: normal images with a region replaced, and where.
 
-No real defect is imitated. Regions are blobs, rectangles, lines and soft shadows of many sizes;
-what fills them is a piece of a normal image, a change of shade, or a flat colour. The idea is
-that of DRAEM (Zavrtanik et al., ICCV 2021) and CutPaste (Li et al., CVPR 2021), without their
-textures or categories' rules.
+No real defect is imitated. Regions are blobs, rectangles and lines of many sizes; what fills them
+is a piece of a normal image, a change of shade, or a flat colour. The idea is that of DRAEM
+(Zavrtanik et al., ICCV 2021) and CutPaste (Li et al., CVPR 2021), without their textures or
+categories' rules.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 
 MASKS = 600  # drawn once a run, then flipped and moved for every image
+DRAWN = 128  # largest side that they are drawn at, pixels
 
 
 class Corruption:
@@ -29,8 +30,11 @@ class Corruption:
     def __init__(self, images: Tensor, config: Config):
         self.images, self.normalise = images, config.normalise
         self.rng = torch.Generator().manual_seed(config.seed)
-        masks = [draw_mask(config.image_size, self.rng) for _ in range(MASKS)]
-        self.masks = torch.stack(masks)[:, None].to(images.device)
+        size = config.image_size
+        masks = torch.stack([draw_mask(min(size, DRAWN), self.rng) for _ in range(MASKS)])[:, None]
+        if size > DRAWN:
+            masks = F.interpolate(masks, (size, size), mode="bilinear")
+        self.masks = masks.to(images.device)
         # Grey images stay grey: a colour cast would give the corrupted ones away.
         some = to_input(images[:256], images.device, self.normalise)
         self.chroma = float((some - some.mean(1, keepdim=True)).std())
@@ -115,10 +119,11 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
 
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     while True:
-        kind = int(torch.randint(4, (), generator=rng))
+        kind = int(torch.randint(3, (), generator=rng))
         cy, cx, turn = uniform(0, size), uniform(0, size), uniform(0, math.pi)
         if kind == 0:  # blobs: the highest parts of smooth noise inside a disc
-            noise = smooth_noise(size, uniform(3, 20), uniform(3, 20), turn, rng)
+            rows, columns = (2 ** uniform(1.6, 4.3) for _ in range(2))
+            noise = smooth_noise(size, rows, columns, turn, rng)
             inside = torch.hypot(y - cy, x - cx) < size * uniform(0.05, 0.4)
             if inside.sum() < 4:
                 continue
@@ -131,7 +136,7 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
             along = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
             across = (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
             mask = ((2 * along.abs() <= width) & (2 * across.abs() <= height)).float()
-        elif kind == 2:  # a curved line
+        else:  # a curved line
             length = size * 2 ** uniform(-3, 0)
             bends = torch.randn(1, 1, int(uniform(2, 8)), generator=rng) * uniform(0, 1.5)
             points = max(4, int(length))
@@ -140,10 +145,6 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
             px = cx + angle.cos().cumsum(0) * length / points
             distance = torch.hypot(y[..., None] - py, x[..., None] - px).amin(2)
             mask = (size / 64 * 2 ** uniform(-1.2, 1.3) + 0.5 - distance).clamp(0, 1)
-        else:  # a soft shadow: smooth noise through a sigmoid
-            noise = smooth_noise(size, uniform(3, 6), uniform(3, 6), turn, rng)
-            noise = (noise - noise.mean()) / noise.std()
-            mask = torch.sigmoid((noise - uniform(0.3, 1.5)) * 2 ** uniform(1, 3.5))
         if (mask > 0.3).sum() >= 2:
             return mask
 

@@ -96,6 +96,91 @@ def test_scores_are_their_formulas(detector):
             assert scores[name][i].item() == pytest.approx(value, rel=1e-4), name
 
 
+def outputs(x: torch.Tensor, x_hat: torch.Tensor, logits=None) -> scoring.Outputs:
+    nothing = torch.zeros(len(x), 1)
+    return scoring.Outputs(x, x_hat, nothing, nothing, nothing, nothing, logits)
+
+
+def smooth(n, size=32, seed=0):
+    """Smooth images in [-.5, .5]."""
+    rng = torch.Generator().manual_seed(seed)
+    cells = torch.rand(n, 3, 4, 4, generator=rng) - 0.5
+    return torch.nn.functional.interpolate(cells, (size, size), mode="bilinear")
+
+
+@pytest.mark.parametrize("name", ("residual", "gradient"))
+def test_a_map_is_highest_where_the_images_differ_and_nothing_where_they_do_not(name):
+    x = smooth(3)
+    same = scoring.MAPS[name](outputs(x, x))
+    assert same.shape == (3, 32, 32) and same.abs().max() < 1e-6
+    x_hat = x.clone()
+    x_hat[:, :, 8:12, 20:24] += 0.5
+    heat = scoring.MAPS[name](outputs(x, x_hat))
+    for m in heat:
+        row, column = divmod(int(m.argmax()), 32)
+        assert 6 <= row <= 13 and 18 <= column <= 25
+        assert m[20:, :12].max() < 0.2 * m.max()
+
+
+def test_the_residual_map_is_of_what_is_missing_not_of_its_noise():
+    x = smooth(2)
+    checks = 0.3 * (-1.0) ** (torch.arange(32)[:, None] + torch.arange(32))
+    assert scoring.residual_map(outputs(x, x + checks)).max() < 1e-5
+    offset = scoring.residual_map(outputs(x, x + 0.3))
+    assert torch.allclose(offset, torch.full_like(offset, 0.3), atol=1e-5)
+
+
+def test_the_gradient_map_sees_structure_not_brightness():
+    x = smooth(2)
+    assert scoring.gradient_map(outputs(x, x + 0.3)).abs().max() < 1e-3
+    a, b, c = 0.5, 0.2, 0.0104  # slopes of two ramps: Prewitt's response is theirs times two
+    ramp = torch.arange(32.0).expand(1, 3, 32, 32) / 32
+    first_scale = 1 - (2 * a * b + c) / (a * a + b * b + c)
+    one = scoring.gradient_magnitude(ramp[:, :1] * 16 * a)[0, 0, 16, 16]
+    assert one == pytest.approx(a, rel=1e-4)
+    four = scoring.gradient_map(outputs(ramp * 16 * a, ramp * 16 * b))[0, 16, 16]
+    scales = [1 - (2 * a * b * k + c) / ((a * a + b * b) * k + c) for k in (1, 4, 16, 64)]
+    assert four == pytest.approx(sum(scales) / 4, rel=0.05) and four > first_scale
+
+
+def test_highest_is_the_mean_of_the_highest_hundredth():
+    m = torch.arange(20 * 20).float().view(1, 20, 20)
+    assert scoring.highest(m[:, torch.randperm(20)]).item() == 397.5
+    assert scoring.highest(torch.tensor([[[1.0, 5.0]]])).item() == 5  # at least one pixel
+
+
+def test_calibrated_is_the_mean_of_z_scores_and_units_of_the_parts_do_not_matter():
+    def of(scale, normal_seed=0, n=30):
+        raw = raw_of(gaps(n, 4, normal_seed))
+        parts = {name: s * scale[name] + 5 for name, s in raw.scores.items()}
+        return scoring.Raw(parts, raw.gaps)
+
+    ones = dict(residual=1.0, gradient=1.0, comparator=1.0)
+    units = dict(residual=1e-3, gradient=40.0, comparator=7.0)
+    known = scoring.fit(of(ones))
+    fresh = scoring.all_scores(of(ones, 1), known)["calibrated"]
+    literal = sum(
+        (of(ones, 1).scores[name] - of(ones).scores[name].mean()) / of(ones).scores[name].std()
+        for name in ones
+    )
+    assert torch.allclose(fresh, literal / 3, atol=1e-5)
+    other = scoring.all_scores(of(units, 1), scoring.fit(of(units)))["calibrated"]
+    assert torch.allclose(fresh, other, atol=1e-3)
+
+
+def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
+    pixels = images(5, 8)
+    heat = detector.heat_maps(pixels)
+    assert heat.shape == (5, 32, 32) and heat.dtype == torch.float32
+    known = detector.calibration.statistics.parts
+    o = detector.outputs(pixels)
+    literal = [(scoring.MAPS[n](o) - mean) / dev for n, (mean, dev) in known.items()]
+    assert torch.allclose(heat, torch.stack(literal).mean(0), atol=1e-4)
+    # No map is above its score's scale at more than the highest pixels
+    scores = detector.scores(pixels)["calibrated"]
+    assert (heat.flatten(1).mean(1) < scores).all()
+
+
 def test_scores_are_float32_whatever_the_training_precision(detector):
     assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
     expected, heat = detector.scores(images(2)), detector.heat_maps(images(2))
