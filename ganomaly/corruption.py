@@ -24,11 +24,11 @@ DRAWN = 128  # largest side that they are drawn at, pixels
 class Corruption:
     """Corrupts batches of float images in [-1, 1]; state_dict() holds its place in the stream.
 
-    images: uint8 (n, C, S, S), normal images to paste from.
+    images: uint8 (n, C, S, S), normal images to paste from; scale: to_input's.
     """
 
-    def __init__(self, images: Tensor, config: Config):
-        self.images, self.normalise = images, config.normalise
+    def __init__(self, images: Tensor, config: Config, scale: float | None):
+        self.images, self.scale = images, scale
         self.rng = torch.Generator().manual_seed(config.seed)
         size = config.image_size
         masks = torch.stack([draw_mask(min(size, DRAWN), self.rng) for _ in range(MASKS)])[:, None]
@@ -36,7 +36,7 @@ class Corruption:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(images.device)
         # Grey images stay grey: a colour cast would give the corrupted ones away.
-        some = to_input(images[:256], images.device, self.normalise)
+        some = to_input(images[:256], images.device, self.scale)
         self.chroma = float((some - some.mean(1, keepdim=True)).std())
 
     def draws(self, *shape: int) -> Tensor:
@@ -79,7 +79,7 @@ class Corruption:
 
         # A piece of another image or of itself
         other = self.images[self.whole(0, len(self.images), n)]
-        other = to_input(other, x.device, self.normalise)
+        other = to_input(other, x.device, self.scale)
         piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))
         piece = piece + 0.4 * self.draws(n, 1, 1, 1) - 0.2 + 0.3 * self.colour(x)

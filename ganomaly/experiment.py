@@ -47,7 +47,9 @@ class Run:
         self.folder = experiment / category / f"seed{config.seed}"
         self.progress: tqdm = tqdm(disable=True)  # the caller's bar, where there is one
         self.preview_images: Tensor | None = None  # uint8, for TensorBoard's reconstructions
-        self.look: Callable | None = None  # networks -> {score: AUROC}, where there is a test set
+        self.look: Callable | None = (
+            None  # networks, scale -> {score: AUROC}, where there is a test set
+        )
         self.board = None
         self.step = 0  # of the last checkpoint
 
@@ -135,10 +137,10 @@ class Run:
             print(f"{self.name}: step {step}/{self.config.steps}, {text}, {speed}", file=sys.stderr)
 
     @torch.no_grad()
-    def preview(self, step: int, networks: dict[str, torch.nn.Module]) -> None:
+    def preview(self, step: int, networks: dict, scale: float | None) -> None:
         """Reconstructions to TensorBoard; a row of curve.csv, which nothing is chosen by."""
         if self.look is not None:
-            aurocs = self.look(networks)
+            aurocs = self.look(networks, scale)
             row = {"step": step, **{name: f"{value:.6g}" for name, value in aurocs.items()}}
             path = self.path("curve.csv")
             kept = [r for r in rows_of(path) if r.keys() == row.keys() and int(r["step"]) < step]
@@ -146,7 +148,7 @@ class Run:
             write_atomic(path, csv_text(list(row), rows))
         generator = networks["generator"].eval()  # the running average, which never trains
         device = next(generator.parameters()).device
-        x = to_input(self.preview_images, device, self.config.normalise)
+        x = to_input(self.preview_images, device, scale)
         x_hat = generator(x)[1]
         with naming(self.folder):
             self.board.add_image("reconstructions", panel(x, x_hat), step)

@@ -96,7 +96,7 @@ def run_one(
     try:
         trained = train(config, category.train, device, run)
         own.close()
-        detector = Detector(trained.networks, config, device)
+        detector = Detector(trained.networks, config, device, trained.scale)
         detector.calibrate(category.calibration)
         write_samples(run, detector, category)
         training = {
@@ -161,6 +161,7 @@ def assess(run: Run, detector: Detector, category: Category, training: dict) -> 
 def figures(detector: Detector, category: Category, scores: dict) -> dict:
     """The evaluated figures, null where there are no test images."""
     config, threshold, labels = detector.config, detector.threshold, category.test_labels
+    scale = detector.scale
     if not len(labels):
         figures = dict.fromkeys(FIGURES)
         return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
@@ -169,8 +170,8 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     return {
         **metrics.evaluate(labels, as_numpy[config.score], threshold),
         "threshold": threshold,
-        **metrics.controls(seen(category.train, config), seen(category.test, config), labels),
-        "auroc_brightness_raw": metrics.brightness(category.test.numpy(), labels)
+        **metrics.controls(seen(category.train, scale), seen(category.test, scale), labels),
+        "auroc_brightness_raw": metrics.brightness(category.test.numpy() / 255, labels)
         if config.normalise != "none"
         else None,
         "pixel_auroc": pixel_auroc(detector, category),
@@ -178,11 +179,11 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     }
 
 
-def seen(pixels: Tensor, config: Config) -> np.ndarray:
+def seen(pixels: Tensor, scale: float | None) -> np.ndarray:
     """What a network sees of uint8 images (N, C, S, S), as float32 in [0, 1]."""
-    if config.normalise == "none":
+    if scale is None:
         return pixels.numpy().astype(np.float32) / 255
-    return (to_input(pixels, torch.device("cpu"), config.normalise) / 2 + 0.5).numpy()
+    return (to_input(pixels, torch.device("cpu"), scale) / 2 + 0.5).numpy()
 
 
 def pixel_auroc(detector: Detector, category: Category) -> float | None:
@@ -193,9 +194,11 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
     return metrics.auroc(category.test_masks.numpy().ravel(), heat.numpy().ravel())
 
 
-def look(config: Config, category: Category, device: torch.device, networks: dict) -> dict:
+def look(
+    config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
+) -> dict[str, float]:
     """AUROC of every score in the middle of training, on up to LOOK test images of a kind."""
-    detector = Detector(copy.deepcopy(networks), config, device)
+    detector = Detector(copy.deepcopy(networks), config, device, scale)
     detector.calibrate(category.calibration)
     picked = samples_of(category.test_labels, LOOK)
     scores = detector.scores(category.test[picked])

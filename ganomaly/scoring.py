@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from ganomaly import config as configuration
@@ -64,7 +63,7 @@ def gradient_map(o: Outputs) -> Tensor:
         c = 0.0104  # the authors' .0026 is for a range of 1, ours is 2
         difference = 1 - (2 * a * b + c) / (a.square() + b.square() + c)
         total += F.interpolate(difference, total.shape[-2:], mode="bilinear")
-    return gaussian_blur(total / 4, [7, 7], [1.0, 1.0])[:, 0]
+    return blurred(total[:, 0] / 4)
 
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
@@ -77,9 +76,16 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
     return F.conv2d(padded, kernels).square().sum(1, keepdim=True).add(1e-12).sqrt()
 
 
+def blurred(m: Tensor) -> Tensor:
+    """A map (B, S, S) under a Gaussian of one pixel."""
+    from torchvision.transforms.functional import gaussian_blur  # late: it takes a second to import
+
+    return gaussian_blur(m, [7, 7], [1.0, 1.0])
+
+
 def comparator_map(o: Outputs) -> Tensor:
     """The comparator's logits, a little blurred so that one odd pixel does not decide."""
-    return gaussian_blur(o.logits[:, None], [7, 7], [1.0, 1.0])[:, 0]
+    return blurred(o.logits)
 
 
 def highest(m: Tensor, share: float = 0.01) -> Tensor:
@@ -202,6 +208,7 @@ class Detector:
     networks: dict[str, nn.Module]  # as networks.build names them
     config: Config
     device: torch.device
+    scale: float | None = None  # of the normalised input, see batches.to_input
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
 
@@ -213,7 +220,7 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.config.normalise)
+        x = to_input(pixels, self.device, self.scale)
         with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
             z, x_hat, z_hat = self.networks["generator"](x)
             _, f = self.networks["discriminator"](x)
@@ -283,6 +290,7 @@ class Detector:
             "statistics": vars(self.calibration.statistics),
             "scores": self.calibration.scores,
             "threshold": self.threshold,
+            "scale": self.scale,
         }
 
 
@@ -297,7 +305,9 @@ def load_detector(path, device: torch.device) -> Detector:
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])
         calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
-        threshold = float(state["threshold"])
+        threshold, scale = float(state["threshold"]), state["scale"]
+        if (scale is None) != (config.normalise == "none"):
+            raise ValueError
         nothing = Raw(
             {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
         )
@@ -309,4 +319,4 @@ def load_detector(path, device: torch.device) -> Detector:
         raise UserError(
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
         ) from None
-    return Detector(networks, config, device, calibration, threshold)
+    return Detector(networks, config, device, scale, calibration, threshold)

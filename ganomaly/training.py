@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganomaly import losses
-from ganomaly.batches import Batches, to_device, to_input
+from ganomaly.batches import Batches, fitted_scale, to_device, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError
@@ -31,6 +31,7 @@ LR_COMPARATOR = 1e-3  # with Adam's usual betas; it plays against nobody
 @dataclass
 class Trained:
     networks: dict[str, nn.Module]  # the discriminator's last weights, the others' running average
+    scale: float | None  # of the normalised input, see batches.to_input
     seconds: float  # of training, checkpoints left out
     images_per_second: float
 
@@ -39,7 +40,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
     run.load() gives a checkpoint to go on from or None, run.save(state) keeps one and
-    run.preview(step, networks) may look at copies of them, run.log(record) takes the mean
+    run.preview(step, networks, scale) may look at copies of them, run.log(record) takes the mean
     losses of a tick, run.progress is a tqdm and run.skip(steps) moves it past what was done before.
     Raises UserError when a loss or a weight is not finite; the last checkpoint stays.
     """
@@ -63,6 +64,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
+    scale = fitted_scale(images) if config.normalise == "image" else None
     batches = Batches(to_device(images, device), config.batch_size, rng)
     sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
     loss_c = torch.zeros((), device=device)  # without a comparator
@@ -74,7 +76,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     }  # fmt: skip
     corruption, n = None, config.n_corrupted
     if n:
-        parts["corruption"] = corruption = Corruption(batches.images, config)
+        parts["corruption"] = corruption = Corruption(batches.images, config, scale)
     if comparator is not None:
         optimizer_c = torch.optim.Adam(comparator.parameters(), lr=LR_COMPARATOR, fused=True)
         parts["optimizer_c"] = optimizer_c
@@ -95,7 +97,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     start = time.perf_counter()
     while step < config.steps:
-        x = to_input(batches.next(), device, config.normalise)  # (B, C, S, S)
+        x = to_input(batches.next(), device, scale)  # (B, C, S, S)
         x_in = x
         if corruption is not None:  # the first n; the batch is shuffled
             corrupted, mask = corruption(x[:n])
@@ -164,7 +166,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             sums.zero_()
         run.progress.update()
         if save:  # after the look: a run that is killed in between looks again
-            run.preview(step, {**networks, **averages})
+            run.preview(step, {**networks, **averages}, scale)
             state = {name: part.state_dict() for name, part in parts.items()}
             run.save(
                 {**state, "images": fingerprint, "sums": sums, "step": step, "seconds": elapsed}
@@ -172,7 +174,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             seconds, start = elapsed, time.perf_counter()
 
     speed = config.steps * config.batch_size / seconds
-    return Trained({**networks, **averages}, seconds, speed)
+    return Trained({**networks, **averages}, scale, seconds, speed)
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 from ganomaly import data, images
-from ganomaly.batches import Batches, to_input
+from ganomaly.batches import Batches, fitted_scale, to_input
 from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError
 from ganomaly.images import read_image
 
 from .conftest import draw_category
+
+CPU = torch.device("cpu")
 
 
 def folder(category="parts", **values) -> Config:
@@ -406,21 +408,37 @@ def test_without_all_masks_there_are_none_and_a_note_says_so(tmp_path, capsys):
 def test_normalisation_removes_brightness_and_contrast(grey):
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(60, 120, (5, 1 if grey else 3, 32, 32), generator=rng).byte()
-    cpu = torch.device("cpu")
-    expected = to_input(pixels, cpu, "image")
-    assert torch.allclose(to_input(pixels + 100, cpu, "image"), expected, atol=1e-5)
-    assert torch.allclose(to_input(2 * pixels, cpu, "image"), expected, atol=1e-5)
+    expected = to_input(pixels, CPU, 4.0)
+    assert torch.allclose(to_input(pixels + 100, CPU, 4.0), expected, atol=1e-5)
+    assert torch.allclose(to_input(2 * pixels, CPU, 4.0), expected, atol=1e-5)
     assert expected.mean((1, 2, 3)).abs().max() < 1e-6
     assert torch.allclose(expected.square().mean((1, 2, 3)).sqrt(), torch.tensor(0.25), atol=1e-6)
-    before = to_input(pixels, cpu)
-    assert not torch.allclose(to_input(pixels + 100, cpu), before, atol=0.1)
+    before = to_input(pixels, CPU)
+    assert not torch.allclose(to_input(pixels + 100, CPU), before, atol=0.1)
 
 
 def test_normalisation_of_an_image_without_content_is_finite_and_quiet():
     flat = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
     flat[1, :, 0, 0] = 254
-    x = to_input(flat, torch.device("cpu"), "image")
+    x = to_input(flat, CPU, 4.0)
     assert x.isfinite().all() and x[0].abs().max() == 0 and x[1].abs().max() < 0.1
     black_and_white = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     black_and_white[..., 0, 0] = 255
-    assert to_input(black_and_white, torch.device("cpu"), "image").abs().max() == 1  # clipped
+    assert 1 < to_input(black_and_white, CPU, 4.0).abs().max() < 10
+    assert fitted_scale(flat) == 0.1
+
+
+@pytest.mark.parametrize("kind", ("two levels", "noise with a tail"))
+def test_the_scale_lets_normal_images_fill_the_range(kind):
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, 3, 32, 32, generator=rng)
+    if kind == "two levels":
+        pixels = (150 + 60 * noise.sign()).byte()
+    else:
+        pixels = (100 + 10 * noise + 2 * noise**3).clamp(0, 255).byte()
+    before = pixels.clone()
+    x = to_input(pixels, CPU, fitted_scale(pixels))
+    assert torch.equal(pixels, before)
+    outside = (x.abs() > 1.05).float().mean()
+    assert x.abs().max() > 0.95 and outside < 0.001
+    assert fitted_scale(pixels // 2 + 20) == pytest.approx(fitted_scale(pixels), rel=0.05)

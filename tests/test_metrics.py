@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ganomaly.metrics import controls, evaluate, f1_max
+from ganomaly.metrics import brightness, controls, evaluate, f1_max
 
 
 def drawn(seed: int, n: int = 60, levels: int = 7):
@@ -96,3 +96,13 @@ def test_controls_work_with_fewer_images_than_components():
     rng = np.random.default_rng(2)
     out = controls(images(10, rng), images(8, rng), np.repeat([0, 1], 4))
     assert all(0 <= value <= 1 for value in out.values())
+
+
+def test_brightness_counts_tenths_of_a_grey_level_and_no_rounding():
+    labels = np.array([0, 0, 1, 1])
+    images = np.full((4, 3, 8, 8), 0.5)
+    images[2:] += 1e-6
+    assert brightness(images, labels) == 0.5
+    images[2:] += 1 / 255
+    assert brightness(images, labels) == 1.0
+    assert brightness(1 - images, labels) == 0.0

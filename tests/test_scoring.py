@@ -316,6 +316,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
         "parts.pt": lambda p: torch.save(
             {**state, "statistics": {**state["statistics"], "parts": {"residual": 3}}}, p
         ),
+        "scale.pt": lambda p: torch.save({**state, "scale": 4.0}, p),
         "names.pt": lambda p: torch.save({**state, "scores": {}}, p),
     }
     for name, make in bad.items():

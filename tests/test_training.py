@@ -37,7 +37,7 @@ class Memory:
     def log(self, record):
         self.records.append(record)
 
-    def preview(self, step, networks):
+    def preview(self, step, networks, scale):
         pass
 
     def skip(self, steps):
