@@ -23,10 +23,17 @@ STYLE = (
 )
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """A run's curve.csv: a row a look; none where there is no such file yet."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read(path: Path) -> dict[str, dict[int, float]]:
     """A run's curve.csv: score -> {step: AUROC}."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(path)
     names = [name for name in (rows[0] if rows else {}) if name != "step"]
     return {name: {int(row["step"]): float(row[name]) for row in rows} for name in names}
 
@@ -37,15 +44,14 @@ def svg(title: str, runs: dict[str, list[dict[str, dict[int, float]]]]) -> str:
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     columns = min(COLUMNS, len(runs))
     width = columns * (PANEL[0] + GAP[0]) + 20
-    legend_rows = -(-len(names) // max(1, width // 150))
-    top = 40 + 18 * legend_rows
+    per_row = max(1, width // 150)  # of the legend
+    top = 40 + 18 * -(-len(names) // per_row)
     height = top + -(-len(runs) // columns) * (PANEL[1] + GAP[1]) + 10
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}"><style>{STYLE}</style>',
         f'<text x="20" y="22" font-weight="bold">{escape(title)}</text>',
     ]
-    per_row = max(1, width // 150)
     for i, name in enumerate(names):
         x, y = 20 + i % per_row * 150, 42 + i // per_row * 18
         out.append(f'<path d="M{x} {y - 4}h18" stroke="{colour[name]}" class="mean"/>')

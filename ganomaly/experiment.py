@@ -7,7 +7,6 @@ written last.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -21,10 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly import config as configuration
+from ganomaly import curves
 from ganomaly.batches import to_input
 from ganomaly.config import Config
-from ganomaly.curves import read as read_curve
-from ganomaly.curves import svg
 from ganomaly.errors import UserError
 from ganomaly.files import naming, read_torch, write_atomic, write_torch
 from ganomaly.results import METRICS, csv_text, results_csv, results_md
@@ -143,7 +141,9 @@ class Run:
             aurocs = self.look(networks, scale)
             row = {"step": step, **{name: f"{value:.6g}" for name, value in aurocs.items()}}
             path = self.path("curve.csv")
-            kept = [r for r in rows_of(path) if r.keys() == row.keys() and int(r["step"]) < step]
+            kept = [
+                r for r in curves.rows_of(path) if r.keys() == row.keys() and int(r["step"]) < step
+            ]
             rows = [list(r.values()) for r in (*kept, row)]
             write_atomic(path, csv_text(list(row), rows))
         generator = networks["generator"].eval()  # the running average, which never trains
@@ -187,13 +187,6 @@ class Run:
         if self.board is not None:
             with naming(self.folder):
                 self.board.close()
-
-
-def rows_of(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
@@ -270,10 +263,10 @@ def write_results(experiment: Path) -> None:
     # Means are of runs of one config; `local` may hold others.
     recipes = [recipe_of(configuration.load(path.with_name("config.json"))) for path in found]
     alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
-    curves: dict[str, list] = {}
+    looks: dict[str, list] = {}
     for path in sorted(experiment.glob("*/seed*/curve.csv")):
-        curves.setdefault(path.parent.parent.name, []).append(read_curve(path))
-    if curves:
-        write_atomic(experiment / "curves.svg", svg(experiment.name, curves))
+        looks.setdefault(path.parent.parent.name, []).append(curves.read(path))
+    if looks:
+        write_atomic(experiment / "curves.svg", curves.svg(experiment.name, looks))
     write_atomic(experiment / "results.csv", results_csv(runs, alike))
     write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike))

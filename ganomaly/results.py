@@ -147,9 +147,10 @@ def table(columns: dict, rows: list[dict], published: dict) -> list[str]:
     return lines
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation; with sign "+", as differences."""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}" if values else ""
+    return f"{statistics.fmean(values):{sign}.3f}{deviation}" if values else ""
 
 
 def summary(m: dict) -> str:

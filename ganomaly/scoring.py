@@ -311,8 +311,7 @@ def load_detector(path, device: torch.device) -> Detector:
         nothing = Raw(
             {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
         )
-        if not all_scores(nothing, calibration.statistics).keys() >= calibration.scores.keys():
-            raise ValueError
+        all_scores(nothing, calibration.statistics)  # raises where shapes or names don't fit
         if calibration.scores.keys() != set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):

@@ -6,7 +6,6 @@ ones go on. results.md holds means, standard deviations and differences to the b
 category and seed.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -53,11 +52,10 @@ def main(argv=None) -> int:
 
     categories = args.categories or data.categories_of(recipe, args.data_root)
     device = pipeline.use_device(args.device)
+    chosen = [(name, changes) for name, changes in ABLATIONS if name in (args.only or names)]
     for seed in args.seeds or [recipe.seed]:
-        for name, changes in ABLATIONS:
+        for name, changes in chosen:
             for category in categories:
-                if args.only and name not in args.only:
-                    continue
                 config = changed(recipe, changes).replace(category=category, seed=seed)
                 metrics, _ = pipeline.run_one(
                     config, folder / slug(name), args.data_root, device, download=args.download
@@ -98,18 +96,15 @@ def write_tables(folder: Path) -> None:
         every = [None if v is None else f"{v:.6g}" for v in every]
         rows.append([name, category, seed, f"{m['auroc']:.6g}", apart, *every])
     header = [
-        "ablation",
-        "category",
-        "seed",
-        "auroc",
-        "difference",
-        *(f"auroc_{s}" for s in scores),
-    ]
+        "ablation", "category", "seed", "auroc", "difference", *(f"auroc_{s}" for s in scores),
+    ]  # fmt: skip
     write_atomic(folder / "results.csv", csv_text(header, rows))
     write_atomic(folder / "results.md", markdown(runs, scores))
 
 
 def markdown(runs: dict, scores: list[str]) -> str:
+    from ganomaly.results import spread
+
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
     names = list(dict.fromkeys(name for name, *_ in runs))
@@ -120,12 +115,6 @@ def markdown(runs: dict, scores: list[str]) -> str:
         pairs = [(pick(m), pick(runs.get(("base", *key), {}))) for key, m in mine.items()]
         figures = [a for a, _ in pairs if a is not None]
         return figures, [a - b for a, b in pairs if a is not None and b is not None]
-
-    def cell(numbers: list[float], sign: str = "") -> str:
-        if not numbers:
-            return ""
-        deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-        return f"{statistics.fmean(numbers):{sign}.3f}{deviation}"
 
     lines = [
         "# Ablations",
@@ -140,15 +129,15 @@ def markdown(runs: dict, scores: list[str]) -> str:
         cells = []
         for category in categories:
             figures, apart = values(name, category, lambda m: m.get("auroc"))
-            cells += [cell(figures), "" if name == "base" else cell(apart, "+")]
+            cells += [spread(figures), "" if name == "base" else spread(apart, "+")]
         _, apart = values(name, None, lambda m: m.get("auroc"))
-        cells.append("" if name == "base" else cell(apart, "+"))
+        cells.append("" if name == "base" else spread(apart, "+"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "Every score of the same runs, difference to the base run over all sets:", ""]
     lines += [f"| ablation | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     for name in names:
         both = [values(name, None, lambda m, s=s: m.get("scores", {}).get(s)) for s in scores]
-        cells = [cell(figures) if name == "base" else cell(apart, "+") for figures, apart in both]
+        cells = [spread(a) if name == "base" else spread(b, "+") for a, b in both]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
