@@ -59,8 +59,9 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         if name != "discriminator"
     }
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    weights_g, weights_d = list(generator.parameters()), list(discriminator.parameters())
+    optimizer_g = torch.optim.Adam(weights_g, **adam)
+    optimizer_d = torch.optim.Adam(weights_d, **adam)
     amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
@@ -103,33 +104,27 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             corrupted, mask = corruption(x[:n])
             x_in = torch.cat([corrupted, x[n:]])
 
-        # One pass of the generator serves all steps: its BatchNorm statistics move once. Each
-        # step has its own autocast context, since a context keeps the weights it has cast.
+        # One pass serves both steps, as in the released code: D and G are each updated against the
+        # other's weights of before. BatchNorm statistics move once an image.
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
+            real, f = discriminator(x)
+            fake, f_hat = discriminator(x_hat)
 
-        # D step
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            real, _ = discriminator(x)
-            fake, _ = discriminator(x_hat.detach())
+        # D step; the gradient stops at D's weights
         loss_d = losses.discriminator(real, fake)
         optimizer_d.zero_grad()
-        scaler.scale(loss_d).backward()
-        scaler.step(optimizer_d)
+        scaler.scale(loss_d).backward(inputs=weights_d, retain_graph=True)
 
-        # G step, against the updated discriminator, which takes no gradient
-        discriminator.requires_grad_(False)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            _, f = discriminator(x)
-            _, f_hat = discriminator(x_hat)
-        adversarial = losses.adversarial(f, f_hat)
+        # G step; the gradient passes D without reaching its weights
+        adversarial = losses.adversarial(f.detach(), f_hat)
         contextual = losses.contextual(x, x_hat)
         encoder = losses.encoder(z[n:], z_hat[n:])
         loss_g = config.w_adv * adversarial + config.w_con * contextual + config.w_enc * encoder
         optimizer_g.zero_grad()
-        scaler.scale(loss_g).backward()
+        scaler.scale(loss_g).backward(inputs=weights_g)
+        scaler.step(optimizer_d)
         scaler.step(optimizer_g)
-        discriminator.requires_grad_(True)
 
         # Comparator's step: where was x corrupted? Its gradient does not reach the generator
         if comparator is not None:

@@ -78,19 +78,22 @@ def literal(config: Config, pixels: torch.Tensor):
         x = (pixels[order[: config.batch_size]].float() / 255 - 0.5) / 0.5
         order = order[config.batch_size :]
         z, x_hat, z_hat = g(x)
-        # BCE of a logit v against 1 is softplus(-v), against 0 softplus(v)
+        # Both gradients are of the weights before the step. BCE of a logit v against 1 is
+        # softplus(-v), against 0 softplus(v)
         real, fake = d(x)[0], d(x_hat.detach())[0]
-        opt_d.zero_grad()
-        (0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())).backward()
-        opt_d.step()
+        loss_d = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
         f, f_hat = d(x)[1].detach(), d(x_hat)[1]
-        opt_g.zero_grad()
-        (
+        loss_g = (
             config.w_adv * ((f - f_hat) ** 2).mean()
             + config.w_con * (x - x_hat).abs().mean()
             + config.w_enc * ((z - z_hat) ** 2).mean()
-        ).backward()
+        )
+        opt_g.zero_grad()
+        loss_g.backward()
+        opt_d.zero_grad()  # of what passed through D to the generator
+        loss_d.backward()
         opt_g.step()
+        opt_d.step()
         decay = min(config.ema_decay, step / (step + 10))
         for name, value in g.state_dict().items():
             if value.is_floating_point():
@@ -228,7 +231,7 @@ def test_fp16_scales_both_losses_with_one_scaler(monkeypatch):
     trained = train(config, images(), CPU, Memory())
     scaler = made[0]
     assert scaler.is_enabled() and scaler.get_scale() >= 1
-    assert scaler.calls == ["scale", "step", "scale", "step", "update"] * config.steps
+    assert scaler.calls == ["scale", "scale", "step", "step", "update"] * config.steps
     assert all(value.isfinite().all() for value in weights(trained))
 
 
