@@ -16,32 +16,33 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
     """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last.
 
-    With a scale an image's mean becomes 0 and its standard deviation 1 / scale, so that neither
-    its exposure nor its contrast is seen. What is more than scale deviations away lies outside
-    [-1, 1], where no reconstruction reaches it.
+    With a scale an image is seen relative to its mean (see `relative`), and a pixel that is `scale`
+    away from it at 1 or -1. What is farther is not clipped, but no reconstruction reaches it.
     """
     x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     if scale is None:
         return x.div_(127.5).sub_(1.0)
-    return standardised(x).div_(scale)
+    return relative(x).div_(scale)
 
 
-def standardised(x: Tensor) -> Tensor:
-    """Grey levels (B, C, S, S), in place: each image less its mean, over its deviation."""
-    x -= x.mean((1, 2, 3), keepdim=True)
-    deviation = x.square().mean((1, 2, 3), keepdim=True).sqrt()
-    return x.div_(deviation.clamp_min(4))  # less is noise, of an image without content
+def relative(x: Tensor) -> Tensor:
+    """Grey levels (B, C, S, S), in place: each over the mean of its image, less 1.
+
+    Exposure multiplies all pixels of an image; this takes it out and leaves the contrast.
+    """
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return x.div_(mean.clamp_min(4)).sub_(1)  # a darker image is noise
 
 
 def fitted_scale(images: Tensor, some: int = 200) -> float:
     """The scale at which uint8 images (N, C, S, S) fill the range but for a pixel in a thousand.
 
-    From about `some` of them, evenly spread. A fixed one would leave a bottle, few of whose pixels
-    are far from the mean, a third of the range, and its residuals small.
+    From about `some` of them, evenly spread. A fixed one would give a set of low contrast a small
+    part of the range, and small residuals.
     """
     picked = images[:: max(1, len(images) // some)].float()
-    far = standardised(picked).abs_().flatten()
-    return max(float(far.kthvalue(max(1, int(0.999 * len(far)))).values), 0.1)
+    far = relative(picked).abs_().flatten()
+    return max(float(far.kthvalue(max(1, int(0.999 * len(far)))).values), 0.05)
 
 
 class Batches:

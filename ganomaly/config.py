@@ -52,8 +52,8 @@ class Config:
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
     normalise: str = knob(
         "none",
-        "image: each image's own mean and deviation of brightness are removed",
-        choices=("none", "image"),
+        "exposure: each image is divided by its own mean brightness",
+        choices=("none", "exposure"),
     )
     width: int = knob(64, "channels of the first convolution", low=1, high=1024)
     latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)

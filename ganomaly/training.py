@@ -65,7 +65,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    scale = fitted_scale(images) if config.normalise == "image" else None
+    scale = fitted_scale(images) if config.normalise == "exposure" else None
     batches = Batches(to_device(images, device), config.batch_size, rng)
     sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
     loss_c = torch.zeros((), device=device)  # without a comparator

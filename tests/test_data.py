@@ -405,27 +405,31 @@ def test_without_all_masks_there_are_none_and_a_note_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("grey", (True, False))
-def test_normalisation_removes_brightness_and_contrast(grey):
+def test_normalisation_removes_exposure_and_leaves_contrast(grey):
     rng = torch.Generator().manual_seed(0)
-    pixels = torch.randint(60, 120, (5, 1 if grey else 3, 32, 32), generator=rng).byte()
-    expected = to_input(pixels, CPU, 4.0)
-    assert torch.allclose(to_input(pixels + 100, CPU, 4.0), expected, atol=1e-5)
-    assert torch.allclose(to_input(2 * pixels, CPU, 4.0), expected, atol=1e-5)
+    pixels = torch.randint(20, 80, (5, 1 if grey else 3, 32, 32), generator=rng).byte()
+    expected = to_input(pixels, CPU, 0.8)
+    for exposure in (2, 3):
+        assert torch.allclose(to_input(exposure * pixels, CPU, 0.8), expected, atol=1e-6)
+        assert not torch.allclose(to_input(exposure * pixels, CPU), to_input(pixels, CPU), atol=0.1)
     assert expected.mean((1, 2, 3)).abs().max() < 1e-6
-    assert torch.allclose(expected.square().mean((1, 2, 3)).sqrt(), torch.tensor(0.25), atol=1e-6)
-    before = to_input(pixels, CPU)
-    assert not torch.allclose(to_input(pixels + 100, CPU), before, atol=0.1)
+    relative = pixels[0] / pixels[0].double().mean() - 1
+    assert torch.allclose(expected[0].double(), relative / 0.8, atol=1e-6)
+    # A veil of light is a loss of contrast, and is seen
+    assert to_input(pixels + 100, CPU, 0.8).std() < 0.5 * expected.std()
 
 
 def test_normalisation_of_an_image_without_content_is_finite_and_quiet():
-    flat = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
+    flat = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
     flat[1, :, 0, 0] = 254
-    x = to_input(flat, CPU, 4.0)
-    assert x.isfinite().all() and x[0].abs().max() == 0 and x[1].abs().max() < 0.1
-    black_and_white = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
-    black_and_white[..., 0, 0] = 255
-    assert 1 < to_input(black_and_white, CPU, 4.0).abs().max() < 10
-    assert fitted_scale(flat) == 0.1
+    flat[2] = 0
+    x = to_input(flat, CPU, 0.8)
+    assert x.isfinite().all() and x[0].abs().max() < 1e-6 and x[1].abs().max() < 0.1
+    assert x[2].min() == x[2].max()
+    almost_black = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    almost_black[..., 0, 0] = 2
+    assert to_input(almost_black, CPU, 1.0).abs().max() <= 1
+    assert fitted_scale(flat[:2]) == 0.05
 
 
 @pytest.mark.parametrize("kind", ("two levels", "noise with a tail"))
@@ -441,4 +445,4 @@ def test_the_scale_lets_normal_images_fill_the_range(kind):
     assert torch.equal(pixels, before)
     outside = (x.abs() > 1.05).float().mean()
     assert x.abs().max() > 0.95 and outside < 0.001
-    assert fitted_scale(pixels // 2 + 20) == pytest.approx(fitted_scale(pixels), rel=0.05)
+    assert fitted_scale(pixels // 2) == pytest.approx(fitted_scale(pixels), rel=0.05)

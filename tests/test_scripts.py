@@ -177,7 +177,7 @@ def test_the_last_look_is_the_result_and_looking_changes_nothing(
     assert numbers(folder_of(tmp_path / "b")) == (metrics, scores)
 
 
-CALIBRATED = ["--corrupted=.5", "--comparator-width=4", "--normalise=image", "--score=calibrated"]
+CALIBRATED = "--corrupted=.5 --comparator-width=4 --normalise=exposure --score=calibrated".split()
 
 
 def test_a_calibrated_run_has_every_score_and_figures_of_pixels(script, tmp_path):
@@ -728,7 +728,7 @@ def ablate():
 def ablation_words(parts, tmp_path, *more):
     recipe = tmp_path / "recipe.json"
     values = {"dataset": "folder", **TINY, "corrupted": 0.5, "comparator_width": 3}
-    recipe.write_text(json.dumps({**values, "normalise": "image", "score": "calibrated"}))
+    recipe.write_text(json.dumps({**values, "normalise": "exposure", "score": "calibrated"}))
     return ["--config", recipe, "--data-root", parts, "--experiments-dir", tmp_path, *more]
 
 
@@ -756,7 +756,7 @@ def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
 
 def test_every_ablation_changes_the_recipe_and_none_twice_alike(ablate):
     recipe = Config(
-        dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="image",
+        dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="exposure",
         score="calibrated",
     )  # fmt: skip
     configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]

@@ -157,7 +157,7 @@ def test_with_a_comparator_the_clean_image_is_what_is_asked_for(monkeypatch):
 @pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
 def test_a_resumed_run_with_a_comparator_is_the_same_bit_for_bit(amp):
     config = SMALL.replace(
-        amp=amp, corrupted=0.5, comparator_width=4, normalise="image", checkpoint_every=4
+        amp=amp, corrupted=0.5, comparator_width=4, normalise="exposure", checkpoint_every=4
     )
     whole = Memory()
     expected = train(config, images(), CPU, whole)
