@@ -44,9 +44,9 @@ class Outputs(NamedTuple):
 
 
 def residual_map(o: Outputs) -> Tensor:
-    """|mean of x - x_hat over 4x4 pixels|, a mean over channels: what is missing, not its noise."""
-    cells = F.avg_pool2d(o.x - o.x_hat, 4).abs().mean(1, keepdim=True)
-    return F.interpolate(cells, o.x.shape[-2:], mode="bilinear")[:, 0]
+    """|mean of x - x_hat over 5x5 pixels|, a mean over channels: what is missing, not its noise."""
+    means = F.avg_pool2d(o.x - o.x_hat, 5, stride=1, padding=2, count_include_pad=False)
+    return means.abs().mean(1)
 
 
 def gradient_map(o: Outputs) -> Tensor:
