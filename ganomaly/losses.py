@@ -52,9 +52,12 @@ def discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def comparator(logits: Tensor, mask: Tensor) -> Tensor:
-    """L_cmp = mean (1 - p)^2 BCE   (focal loss, Lin et al., ICCV 2017), p the truth's probability
+    """L_cmp = mean w (1 - p)^2 BCE   (focal loss, Lin et al., ICCV 2017), p the truth's probability
 
-    logits: (B, S, S) that a pixel is corrupted; mask: (B, S, S) in {0, 1}, where it is.
+    logits: (B, S, S) that a pixel is corrupted; mask: (B, S, S) in {0, 1}, where it is. The few
+    that are have w = 5, the others 1.
     """
-    cross_entropy = F.binary_cross_entropy_with_logits(full(logits), full(mask), reduction="none")
-    return ((1 - torch.exp(-cross_entropy)).square() * cross_entropy).mean()
+    mask = full(mask)
+    cross_entropy = F.binary_cross_entropy_with_logits(full(logits), mask, reduction="none")
+    missed = (1 - torch.exp(-cross_entropy)).square()
+    return ((1 + 4 * mask) * missed * cross_entropy).mean()
