@@ -111,18 +111,20 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             real, f = discriminator(x)
             fake, f_hat = discriminator(x_hat)
 
-        # D step; the gradient stops at D's weights
+        # D step: its gradient, which stops at D's weights
         loss_d = losses.discriminator(real, fake)
         optimizer_d.zero_grad()
         scaler.scale(loss_d).backward(inputs=weights_d, retain_graph=True)
 
-        # G step; the gradient passes D without reaching its weights
+        # G step: its gradient, which passes D without reaching D's weights
         adversarial = losses.adversarial(f.detach(), f_hat)
         contextual = losses.contextual(x, x_hat)
         encoder = losses.encoder(z[n:], z_hat[n:])
         loss_g = config.w_adv * adversarial + config.w_con * contextual + config.w_enc * encoder
         optimizer_g.zero_grad()
         scaler.scale(loss_g).backward(inputs=weights_g)
+
+        # Both move only now: the graph of loss_g holds the weights that D had in the pass
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
