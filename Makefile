@@ -16,7 +16,7 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help train benchmark ablate evaluate predict board test
+.PHONY: help train benchmark ablate evaluate predict board speed test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPU
 
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"
+
+speed: $(READY) ## what this machine does in a second, beside its roof, ten minutes: EXPERIMENT= ARGS=
+	@$(PYTHON) scripts/speed.py $(call flag,EXPERIMENT,--experiment) $(place)
 
 test: $(READY) ## ruff, where this Python has it, and pytest
 	@if $(PYTHON) -c "import ruff" 2>/dev/null; \

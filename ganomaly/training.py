@@ -98,14 +98,15 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     start = time.perf_counter()
     while step < config.steps:
+        # Images, some of them corrupted
         x = to_input(batches.next(), device, scale)  # (B, C, S, S)
         x_in = x
         if corruption is not None:  # the first n; the batch is shuffled
             corrupted, mask = corruption(x[:n])
             x_in = torch.cat([corrupted, x[n:]])
 
-        # One pass serves both steps, as in the released code: D and G are each updated against the
-        # other's weights of before. BatchNorm statistics move once an image.
+        # Forward pass: one serves both steps, as in the released code, so that D and G are each
+        # updated against the other's weights of before. BatchNorm statistics move once an image.
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)
@@ -124,7 +125,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         optimizer_g.zero_grad()
         scaler.scale(loss_g).backward(inputs=weights_g)
 
-        # Both move only now: the graph of loss_g holds the weights that D had in the pass
+        # Optimisers: both only now, as the graph of loss_g holds the weights that D had in the pass
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
@@ -144,6 +145,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             update_average(average, networks[name], min(config.ema_decay, step / (step + 10)))
         sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach()
 
+        # Log, and a stop where a number is not finite
         tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps
         if tick or save:
             since = (step - 1) % TICK + 1
@@ -162,7 +164,9 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             run.log({"step": step, **means, "images_per_second": speed})
             sums.zero_()
         run.progress.update()
-        if save:  # after the look: a run that is killed in between looks again
+
+        # Checkpoint; after the look, as a run that is killed in between looks again
+        if save:
             run.preview(step, {**networks, **averages}, scale)
             state = {name: part.state_dict() for name, part in parts.items()}
             run.save(

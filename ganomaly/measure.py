@@ -1,0 +1,287 @@
+"""What training and scoring cost by count, what the machine could do, and what it does.
+
+scripts/speed.py runs each function of the first part in a process of its own. Nothing of a run
+imports this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ganomaly import config as configuration
+from ganomaly import pipeline
+from ganomaly.batches import Batches
+from ganomaly.config import ROOT, Config, resolve
+from ganomaly.files import write_torch
+from ganomaly.images import read_images
+from ganomaly.networks import build, initialise
+from ganomaly.scoring import Detector, load_detector
+from ganomaly.training import AMP, TICK, resolve_amp, train
+
+ONCE = ("Set-up", "Networks", "Go on from a checkpoint")  # paragraphs before the training loop
+
+# Measurements: they return what a JSON line can hold
+
+
+def roof(device: torch.device, threads: int) -> dict:
+    """Billions of multiply-adds a second of matrices' products; GB/s of a matrix by a vector."""
+    pipeline.use_threads(threads)
+    found = {}
+    for name, dtype in (("float32", None), ("amp", AMP[resolve_amp("auto", device)])):
+        a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+        found[name] = 2048**3 / best_time(lambda a=a, b=b: a @ b, device) / 1e9
+    a, b = torch.randn(8192, 8192, device=device), torch.randn(8192, device=device)
+    return {**found, "GB": a.nbytes / best_time(lambda: a @ b, device) / 1e9}
+
+
+def training(device: torch.device, values: dict, n: int, seconds: float) -> dict:
+    """Images a second of train() on n drawn images, its first steps left out."""
+    config = resolve(values)
+    pipeline.use_threads(config.threads)
+    watch = Stopwatch(device, seconds)
+    train_timed(config, drawn(config, n), device, watch)
+    return {
+        "images_per_second": config.batch_size / watch.seconds_a_step(),
+        "G_multiply_adds": training_count(config) / 1e9,
+    }
+
+
+def profile(device: torch.device, name: str, threads: int) -> dict:
+    """Milliseconds a training step by the paragraphs of train(), from a short run of a recipe."""
+    recipe = recipe_of(name)
+    config = recipe.replace(
+        dataset="folder", category="drawn", steps=2 * TICK, checkpoint_every=TICK, amp="auto",
+        threads=threads,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        draw_category(Path(scratch) / "drawn", 260, 60)
+        with Paragraphs(train, device) as inside:
+            pipeline.run_one(config, Path(scratch) / "local", Path(scratch), device)
+        paths = list((Path(scratch) / "drawn").rglob("*.png"))
+        begun = time.perf_counter()
+        pixels = read_images(paths, config.image_size, config.channels)
+        decoded = time.perf_counter()
+    detector = untrained(config, device)
+    before = time.perf_counter()
+    detector.scores(pixels)
+    scored = time.perf_counter() - before
+    phases = {title: 1000 * spent / config.steps for title, spent in inside.seconds.items()}
+    # What is done at checkpoints, at the recipe's own interval
+    phases["Checkpoint"] *= config.checkpoint_every / recipe.checkpoint_every
+    return {
+        **{title: ms for title, ms in phases.items() if title not in ONCE},
+        "decoding, an image": 1000 * (decoded - begun) / len(paths),
+        "scoring, an image": 1000 * scored / len(paths),
+    }
+
+
+def scoring(device: torch.device, name: str, seconds: float) -> dict:
+    """Milliseconds from one uint8 image to all of its scores, and what that costs by count."""
+    detector = untrained(recipe_of(name), device)
+    pipeline.use_threads(detector.config.threads)
+    image, times = drawn(detector.config, 1), []
+    with FlopCounterMode(display=False) as counter:
+        detector.scores(image)
+    end = time.perf_counter() + seconds
+    while (begun := time.perf_counter()) < end or len(times) < 10:
+        detector.scores(image)  # they come back to the host: nothing to wait for
+        times.append(time.perf_counter() - begun)
+    weights = [p for network in detector.networks.values() for p in network.parameters()]
+    return {
+        "median": 1000 * float(np.median(times)),
+        "p99": 1000 * float(np.quantile(times, 0.99)),
+        "G_multiply_adds": counter.get_total_flops() / 2e9,
+        "weights_GB": sum(p.nbytes for p in weights) / 1e9,
+    }
+
+
+def decode_and_score(device: torch.device, folder: str, n: int, side: int) -> dict:
+    """Draw n photographs in folder/images and a folder/model.pt; seconds to decode and score."""
+    images, model = Path(folder) / "images", Path(folder) / "model.pt"
+    images.mkdir()
+    for i in range(n):
+        blotches(i, side).save(images / f"{i:05}.jpg", quality=90)
+    write_torch(model, untrained(recipe_of("calibrated"), torch.device("cpu")).state())
+    detector = load_detector(model, device)
+    pipeline.use_threads(detector.config.threads)
+    config = detector.config
+    begun = time.perf_counter()
+    pixels = read_images(sorted(images.iterdir()), config.image_size, config.channels)
+    decoded = time.perf_counter()
+    detector.scores(pixels)
+    return {"decode": decoded - begun, "score": time.perf_counter() - decoded}
+
+
+def first_step(device: torch.device) -> dict:
+    """When train.py, with nothing given, asks for its first batch."""
+    found: dict = {}
+
+    def asked(_):
+        found["at"] = time.time()
+        raise KeyboardInterrupt
+
+    Batches.next = asked
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv[1:] = ["--experiments-dir", scratch, "--device", str(device)]
+        try:
+            runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+        except SystemExit:
+            pass
+    return found
+
+
+# How
+
+
+class Enough(Exception):
+    """Ends a training that is only timed."""
+
+
+class Stopwatch:
+    """The `run` that train() takes: writes nothing, notes when steps end, and stops it in time.
+
+    The first `warm_up` steps are not counted: kernels are chosen and memory is claimed in them.
+    """
+
+    def __init__(self, device: torch.device, seconds: float, warm_up: int = 2, least: int = 3):
+        self.device, self.seconds, self.warm_up, self.least = device, seconds, warm_up, least
+        self.ends: list[float] = []
+        self.progress = self  # train() calls run.progress.update() after each step
+
+    def load(self) -> None: ...
+
+    def log(self, record: dict) -> None: ...
+
+    def update(self) -> None:
+        if len(self.ends) % 10 <= self.warm_up:  # a GPU has only been told of the step
+            wait_for(self.device)
+        self.ends.append(time.perf_counter())
+        counted = len(self.ends) - self.warm_up
+        if counted >= self.least and self.ends[-1] - self.ends[self.warm_up - 1] >= self.seconds:
+            wait_for(self.device)
+            self.ends[-1] = time.perf_counter()
+            raise Enough
+
+    def seconds_a_step(self) -> float:
+        counted = self.ends[self.warm_up - 1 :]
+        return (counted[-1] - counted[0]) / (len(counted) - 1)
+
+
+def train_timed(config: Config, images: Tensor, device: torch.device, watch: Stopwatch) -> None:
+    endless = config.replace(steps=10**9, checkpoint_every=10**9)
+    try:
+        train(endless, images, device, watch)
+    except Enough:
+        pass
+
+
+def training_count(config: Config) -> float:
+    """Multiply-adds of a training step an image, forward and backward, as torch counts them."""
+    small, cpu = config.replace(batch_size=4, amp="fp32"), torch.device("cpu")
+    watch = Stopwatch(cpu, 0, warm_up=1, least=0)
+    with FlopCounterMode(display=False) as counter:
+        train_timed(small, drawn(small, 4), cpu, watch)
+    return counter.get_total_flops() / 2 / small.batch_size
+
+
+class Paragraphs:
+    """Times one call of a long linear function by the comments that head its paragraphs.
+
+    `with Paragraphs(train, device) as p`: p.seconds maps a comment, up to its first punctuation
+    mark, to the seconds in its lines and in all that they call. On a GPU each line is waited for.
+    """
+
+    def __init__(self, function: Callable, device: torch.device):
+        self.code, self.device = function.__code__, device
+        self.seconds: dict[str, float] = {}
+        self.title, self.since = None, 0.0
+        lines, first = inspect.getsourcelines(function)
+        self.titles, title, before = {}, "Set-up", ""
+        for number, line in enumerate(map(str.strip, lines), first):
+            if line.startswith("# ") and not before.startswith("#"):
+                title = line[2:].replace(";", ",").replace(":", ",").split(",")[0]
+            self.titles[number], before = title, line
+
+    def __enter__(self) -> Paragraphs:
+        sys.settrace(lambda frame, *_: self.line if frame.f_code is self.code else None)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.settrace(None)
+
+    def line(self, frame, *_):
+        wait_for(self.device)
+        if self.title is not None:
+            spent = time.perf_counter() - self.since
+            self.seconds[self.title] = self.seconds.get(self.title, 0.0) + spent
+        self.title, self.since = self.titles[frame.f_lineno], time.perf_counter()
+        return self.line
+
+
+def best_time(function: Callable, device: torch.device, repeats: int = 10) -> float:
+    times = []
+    for _ in range(repeats):
+        wait_for(device)
+        begun = time.perf_counter()
+        function()
+        wait_for(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# On what
+
+
+def recipe_of(name: str) -> Config:
+    return configuration.load(ROOT / "experiments" / name / "config.json")
+
+
+def drawn(config: Config, n: int) -> Tensor:
+    """Noise: uint8 (n, C, S, S)."""
+    shape = (n, config.channels, config.image_size, config.image_size)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def blotches(seed: int, side: int) -> Image.Image:
+    """A drawn photograph: smooth blotches of colour."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(40, 200, (9, 9, 3), dtype=np.uint8)).resize((side, side))
+
+
+def draw_category(folder: Path, n_train: int, n_test: int, side: int = 256) -> None:
+    """Blotches in MVTec AD's layout; the defective ones have a bar."""
+    for place, n in (("train/good", n_train), ("test/good", n_test), ("test/bar", n_test)):
+        (folder / place).mkdir(parents=True)
+        for i in range(n):
+            image = blotches(i, side)
+            if place == "test/bar":
+                image.paste((255, 255, 255), (side // 8, side // 3, side - side // 8, side // 2))
+            image.save(folder / place / f"{i:03}.png")
+
+
+def untrained(config: Config, device: torch.device) -> Detector:
+    """A detector of random weights: as fast as any other."""
+    networks = build(config)
+    for network in networks.values():
+        initialise(network, torch.Generator().manual_seed(0))
+    scale = None if config.normalise == "none" else 1.0
+    detector = Detector(networks, config, device, scale)
+    detector.calibrate(drawn(config, 20))
+    return detector

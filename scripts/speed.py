@@ -1,0 +1,289 @@
+"""How fast this machine trains and scores, beside what it could do by count; about ten minutes.
+
+Each figure comes from a process of its own, and is the median of --repeats where a range stands
+beside it. A --peer is a command that trains something of the same size and prints a JSON line with
+images_per_second_without_validation or images_per_second: it runs in alternation with our training;
+{image_size} and {batch_size} in it are filled in. Nothing else should run meanwhile.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly.cli import Parser, add_place_flags, experiment_folder
+from ganomaly.config import ROOT, resolve
+from ganomaly.errors import UserError, guard, leaving_at_once
+from ganomaly.published import ORDER
+
+SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size, beside the peers
+GROWTH = {  # one factor at a time around the paper recipe; 256 px at width 16
+    "image_size": [32, 64, 128, 256],
+    "width": [16, 32, 64, 128],
+    "batch_size": [1, 4, 16, 64, 256],
+    "images": [100, 1000, 10_000, 100_000],
+}
+RECIPES = ("paper", "calibrated")
+
+
+def main(argv=None) -> int:
+    parser = Parser(__doc__)
+    parts = ", ".join(PARTS)
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {parts} [all of them]")
+    parser.add_argument("--peer", action="append", default=[], metavar="COMMAND", help="see above")
+    parser.add_argument("--repeats", type=int, default=5, metavar="INT", help="of a median [5]")
+    parser.add_argument("--seconds", type=float, default=5, metavar="FLOAT", help="of each [5]")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="INT",
+        help="of a training [all cores]; scoring has the recipes' one",
+    )  # fmt: skip
+    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
+    parser.add_argument("--job", help="internal: one measurement, in this process")
+    add_place_flags(parser)
+    args = parser.parse_args(argv)
+    if unknown := set(args.only or ()) - set(PARTS):
+        raise UserError(f"--only {unknown.pop()!r}: no such part; there: {parts}")
+    with leaving_at_once():
+        from ganomaly import measure, pipeline
+        from ganomaly.files import write_atomic
+        from ganomaly.provenance import provenance
+
+    device = pipeline.use_device(args.device)
+    if args.job:
+        given = json.loads(args.job)
+        print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))
+        return 0
+    # A part takes the place of the one that is there: each can be measured again by itself
+    path = experiment_folder(args, args.experiment) / "speed.json"
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for part in args.only or PARTS:
+        begun = time.perf_counter()
+        rows = PARTS[part](args, table)
+        origin = provenance(device, resolve({"dataset": "folder", "threads": args.threads}))
+        table[part] = {"provenance": origin, "rows": rows}
+        write_atomic(path, json.dumps(table, indent=2) + "\n")
+        print(f"{part}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    text = markdown(table)
+    write_atomic(path.with_suffix(".md"), text)
+    print(text)
+    return 0
+
+
+# What is measured: the docstrings are the table's captions
+
+
+def roof(args, table: dict) -> list[dict]:
+    """The roof: billions of multiply-adds a second in products of large matrices, in float32 and in
+    training's precision, and gigabytes a second from memory."""
+    rows = []
+    for n in dict.fromkeys([1, args.threads]):
+        found = job(args, "roof", threads=n)
+        rows.append({"threads": n, **{key: found[key] for key in ("float32", "amp", "GB")}})
+    return rows
+
+
+def training(args, table: dict) -> list[dict]:
+    """Training at width 64, the paper recipe's networks, beside the peers: images a second,
+    billions of multiply-adds an image, their share of the roof, peak memory."""
+    rows = []
+    for image_size, batch_size in SHAPES:
+        shape = {"image_size": image_size, "batch_size": batch_size}
+        commands = {}
+        for peer in args.peer:
+            for key, value in shape.items():
+                peer = peer.replace(f"{{{key}}}", str(value))
+            commands[peer] = []
+        ours = []
+        for _ in range(args.repeats):
+            ours.append(train_job(args, **shape))
+            for command, runs in commands.items():
+                runs.append(process(shlex.split(command)))
+        speed, count = of(ours, "images_per_second"), ours[0]["G_multiply_adds"]
+        row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
+        row["of_the_roof"] = statistics.median(speed) * count / roof_of(table, args.threads, "amp")
+        rows.append({**row, "peak_MB": of(ours, "peak_MB")})
+        for command, runs in commands.items():
+            best = "images_per_second_without_validation"
+            theirs = [run.get(best) or run["images_per_second"] for run in runs]
+            times = statistics.median(speed) / statistics.median(theirs)
+            who = " ".join(Path(word).name for word in shlex.split(command))
+            row = {**shape, "who": who, "images_per_second": theirs, "we_are_faster": times}
+            rows.append({**row, "peak_MB": of(runs, "peak_MB")})
+    return rows
+
+
+def growth(args, table: dict) -> list[dict]:
+    """One factor at a time around 64 px, width 64, batch 16, 1,000 images; 256 px at width 16."""
+    rows = []
+    for factor, values in GROWTH.items():
+        for value in values:
+            slim = {"width": 16} if (factor, value) == ("image_size", 256) else {}
+            run = train_job(args, **slim, **{factor: value})
+            told = {key: run[key] for key in ("images_per_second", "G_multiply_adds", "peak_MB")}
+            told["ms_an_image"] = 1000 / run["images_per_second"]
+            rows.append({"factor": factor, "value": value, **told})
+    return rows
+
+
+def profile(args, table: dict) -> list[dict]:
+    """Where a run's time goes: milliseconds a training step by the paragraphs of training.py, logs
+    and checkpoints at the recipe's intervals; decoding and scoring milliseconds an image."""
+    found = {name: job(args, "profile", name=name, threads=args.threads) for name in RECIPES}
+    phases = dict.fromkeys(phase for spent in found.values() for phase in spent)
+    return [
+        {"phase": phase, **{name: spent.get(phase) for name, spent in found.items()}}
+        for phase in phases
+        if phase not in ("peak_MB", "wall_seconds")
+    ]
+
+
+def scoring(args, table: dict) -> list[dict]:
+    """One image, all scores, batch 1, one thread: milliseconds. The floor is the larger of
+    multiply-adds over float32's roof and weights over memory's."""
+    rows = []
+    for name in RECIPES:
+        runs = [job(args, "scoring", name=name, seconds=args.seconds) for _ in range(args.repeats)]
+        count, weights = runs[0]["G_multiply_adds"], runs[0]["weights_GB"]
+        floor = 1000 * max(count / roof_of(table, 1, "float32"), weights / roof_of(table, 1, "GB"))
+        row = {"recipe": name, "median": of(runs, "median"), "p99": of(runs, "p99"), "floor": floor}
+        rows.append({**row, "median_over_floor": statistics.median(row["median"]) / floor})
+    return rows
+
+
+def predict(args, table: dict, n: int = 1000, side: int = 900) -> list[dict]:
+    """predict.py on a folder of JPEG photographs, the whole process, beside decoding and scoring of
+    the same alone: seconds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        alone = job(args, "decode_and_score", folder=scratch, n=n, side=side)
+        model, images, output = (f"{scratch}/{x}" for x in ("model.pt", "images", "scores.csv"))
+        run = script(args, "predict", "--model", model, "--images", images, "--output", output)
+    decode, score, whole = alone["decode"], alone["score"], run["wall_seconds"]
+    row = {"images": n, "px": side, "decode": decode, "score": score, "predict": whole}
+    return [{**row, "sum_over_predict": (decode + score) / whole, "peak_MB": run["peak_MB"]}]
+
+
+def start(args, table: dict) -> list[dict]:
+    """Seconds from the start of train.py to its first training step, and of all of it on the
+    digits."""
+    first, whole = [], []
+    for _ in range(args.repeats):
+        begun = time.time()
+        first.append(job(args, "first_step")["at"] - begun)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole.append(script(args, "train", "--experiments-dir", scratch)["wall_seconds"])
+    return [{"to_the_first_step": first, "make_train": whole}]
+
+
+def benchmark(args, table: dict) -> list[dict]:
+    """benchmark.py over 15 drawn categories of 60 images, 200 steps each: seconds."""
+    from ganomaly.measure import draw_category
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ORDER:
+            draw_category(Path(scratch) / "images" / name, 60, 20)
+        words = ["--data-root", f"{scratch}/images", "--experiments-dir", scratch, "--steps", "200"]
+        whole = script(args, "benchmark", *words, "--experiment", "drawn")["wall_seconds"]
+        runs = [json.loads(path.read_text()) for path in Path(scratch).rglob("metrics.json")]
+    steps = sum(run["train_seconds"] for run in runs)
+    row = {"categories": len(runs), "training_steps": steps, "benchmark": whole}
+    return [{**row, "benchmark_over_steps": whole / steps}]
+
+
+PARTS = {
+    function.__name__: function
+    for function in (roof, training, growth, profile, scoring, predict, start, benchmark)
+}
+
+
+# Processes
+
+
+def job(args, kind: str, **given) -> dict:
+    """A function of ganomaly/measure.py in a process of its own."""
+    return script(args, "speed", "--job", json.dumps({"job": kind, **given}))
+
+
+def train_job(args, images: int = 1000, **changes) -> dict:
+    values = {"dataset": "folder", "threads": args.threads, **changes}
+    return job(args, "training", values=values, n=images, seconds=args.seconds)
+
+
+def script(args, name: str, *words: str) -> dict:
+    return process([sys.executable, f"scripts/{name}.py", *words, "--device", args.device])
+
+
+def process(words: list[str]) -> dict:
+    """Run a command: the JSON that it prints, its wall seconds, its peak memory in MB."""
+    begun, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT)
+        # Asked for while it runs: what the system tells at the end includes the process that forked
+        while child.poll() is None:
+            peak = max(peak, peak_of(child.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - begun
+        out.seek(0)
+        err.seek(0)
+        printed, told = (file.read().decode(errors="replace") for file in (out, err))
+    if child.returncode:
+        raise UserError(f"{shlex.join(words)} failed: {(told.strip().splitlines() or [''])[-1]}")
+    found = next((x for x in printed.splitlines()[::-1] if x.startswith("{")), "{}")
+    return {**json.loads(found), "wall_seconds": seconds, "peak_MB": peak / 1024}
+
+
+def peak_of(pid: int) -> int:
+    """Peak resident memory of a running process in kB; 0 where there is no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):  # it has just ended
+        return 0
+
+
+def of(runs: list[dict], key: str) -> list[float]:
+    return [run[key] for run in runs]
+
+
+def roof_of(table: dict, threads: int, key: str) -> float:
+    for row in table.get("roof", {"rows": []})["rows"]:
+        if row["threads"] == threads:
+            return row[key]
+    raise UserError(f"no roof of {threads} threads is measured yet; begin with --only roof")
+
+
+# The table
+
+
+def markdown(table: dict) -> str:
+    lines = ["# Speed", ""]
+    for part in (part for part in PARTS if part in table):
+        origin, rows = table[part]["provenance"], table[part]["rows"]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines += [f"## {part.capitalize()}", "", " ".join(PARTS[part].__doc__.split()), ""]
+        lines += ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines += ["|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
+        lines += ["", f"`{origin['command']}`, {origin['cpu']}, {origin['device']}, "
+                  f"{origin['threads']} threads, torch {origin['torch']}", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def cell(value) -> str:
+    """Three digits of a number; the median of several, with their range."""
+    if isinstance(value, list):
+        middle = cell(statistics.median(value))
+        return f"{middle} ({cell(min(value))} to {cell(max(value))})" if len(value) > 1 else middle
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value).replace("_", " ").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,142 @@
+"""Counts against a closed form, times against a clock that the test sets."""
+
+import importlib.util
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from ganomaly import measure
+from ganomaly.config import Config
+from ganomaly.errors import UserError
+
+from .conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def multiply_adds(size: int, channels: int, width: int, head: int) -> tuple[int, ...]:
+    """Of one encoder and one image: its first convolution, the others, its head."""
+    side, plan = size // 2, [width]
+    first, others = side * side * 16 * channels * width, 0
+    while side > 4:
+        side //= 2
+        others += side * side * 16 * plan[-1] * plan[-1] * 2
+        plan.append(plan[-1] * 2)
+    return first, others, 16 * plan[-1] * head
+
+
+@pytest.mark.parametrize(("size", "width", "latent"), [(32, 4, 8), (64, 6, 10)])
+def test_a_step_costs_what_the_equations_ask_for_and_no_more(size, width, latent):
+    config = Config(image_size=size, channels=1, width=width, latent_dim=latent, amp="fp32")
+    first, others, head = multiply_adds(size, 1, width, latent)
+    of_d = multiply_adds(size, 1, width, 1)[2]
+    # Forward: E, its mirror, E, and D twice. D step: D's weights for x and x_hat, and what leads to
+    # them, but not to the images. G step: through D's features of x_hat, then all of G's weights
+    # and what leads to them, but not to x. No gradient of D's weights in the G step.
+    forward = 5 * (first + others) + 3 * head + 2 * of_d
+    d_step = 2 * (first + 2 * others + 2 * of_d)
+    g_step = (first + others) + 6 * (first + others + head) - first
+    assert measure.training_count(config) == forward + d_step + g_step
+
+
+def test_a_stopwatch_counts_the_steps_after_the_warm_up(monkeypatch):
+    clock = iter([10.0, 20.0, 21.0, 22.0, 25.0])  # two slow steps, then 1, 1 and 3 s
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock, 25.0))
+    watch = measure.Stopwatch(CPU, seconds=4.0, warm_up=2, least=3)
+    for _ in range(4):
+        watch.update()
+    with pytest.raises(measure.Enough):
+        watch.update()
+    assert watch.seconds_a_step() == pytest.approx(5 / 3)
+
+
+def test_paragraphs_are_told_by_their_comments(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    def linear():
+        # One: with an explanation
+        # of two lines
+        spend(1)
+        for _ in range(2):
+            # Two, inside
+            spend(10)
+
+            spend(20)
+        # One
+        spend(3)
+
+    with measure.Paragraphs(linear, CPU) as inside:
+        linear()
+    assert sys.gettrace() is None
+    assert {k: v for k, v in inside.seconds.items() if v} == {"One": 4, "Two": 60}
+
+
+def test_speed_of_training_and_scoring_are_told(monkeypatch):
+    tiny = dict(dataset="folder", image_size=32, width=4, latent_dim=8, batch_size=4, amp="fp32")
+    found = measure.training(CPU, tiny, 8, 0.05)
+    assert found["images_per_second"] > 0 and json.dumps(found)
+    monkeypatch.setattr(measure, "recipe_of", lambda _: Config(**tiny))
+    found = measure.scoring(CPU, "paper", 0.05)
+    assert 0 < found["median"] <= found["p99"]
+    first, others, head = multiply_adds(32, 3, 4, 8)
+    of_d = multiply_adds(32, 3, 4, 1)[2]
+    networks = 5 * (first + others) + 3 * head + 2 * of_d
+    # The maps' own small filters are counted with it
+    assert networks < found["G_multiply_adds"] * 1e9 < networks + 32 * 32 * 300
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("script_speed", ROOT / "scripts/speed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_speed_table_is_read_off_its_json(script, tmp_path):
+    code, out, err = script("speed", "--only=roof", "--threads=1", "--experiments-dir", tmp_path)
+    assert code == 0, err
+    table = json.loads((tmp_path / "local/speed.json").read_text())
+    (row,) = table["roof"]["rows"]
+    assert row["threads"] == 1 and min(row["float32"], row["amp"], row["GB"]) > 0
+    assert (tmp_path / "local/speed.md").read_text() in out
+    assert f"| 1 | {load_script().cell(row['float32'])} |" in out
+    code, _, err = script("speed", "--only=rof", "--experiments-dir", tmp_path)
+    assert code == 2 and "no such part; there: roof, training" in err
+
+
+def test_the_table_without_a_roof_says_what_to_measure_first(script, tmp_path):
+    code, _, err = script(
+        "speed", "--only=scoring", "--repeats=1", "--seconds=0.1", "--experiments-dir", tmp_path
+    )
+    assert code == 2 and "begin with --only roof" in err
+
+
+def test_a_process_is_read_by_its_last_json_line_and_its_failure_told():
+    speed = load_script()
+    code = (
+        'import time; print("note"); print(\'{"images_per_second": 7}\');'
+        "x = bytearray(80_000_000); time.sleep(.2)"
+    )
+    found = speed.process([sys.executable, "-c", code])
+    assert found["images_per_second"] == 7 and 80 < found["peak_MB"] < 120
+    with pytest.raises(UserError, match="failed: ZeroDivisionError"):
+        speed.process([sys.executable, "-c", "1 / 0"])
+
+
+def test_cells_have_three_digits_and_a_range():
+    cell = load_script().cell
+    assert cell([3.0, 1.0, 2.2222]) == "2.22 (1 to 3)"
+    assert [cell(x) for x in (123.4, 0.01234, None, "a_b", [5.0])] == [
+        "123",
+        "0.0123",
+        "",
+        "a b",
+        "5",
+    ]
