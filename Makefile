@@ -16,7 +16,7 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help train benchmark ablate evaluate predict board speed test
+.PHONY: help download train benchmark ablate evaluate predict board speed test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ help: ## list the targets
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=mirror or file
+	@$(PYTHON) scripts/download.py $(call flag,DATA_ROOT,--data-root) $(call flag,URL,--url) $(ARGS)
 
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
 	$(lists)@$(PYTHON) scripts/train.py $(config) $(which) $(place)

@@ -28,10 +28,6 @@ MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
     "screw", "tile", "toothbrush", "transistor", "wood", "zipper",
 )  # fmt: skip
-MVTEC_URL = (
-    "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/"
-    "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
-)
 CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
@@ -104,11 +100,8 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if good.is_dir():
         return folder
     if config.dataset == "mvtec":
-        to = shlex.quote(str(root))
-        mend = (
-            "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0) with: "
-            f"mkdir -p {to} && curl -L {MVTEC_URL} | tar -xJ -C {to}"
-        )
+        to = "" if data_root is None else f" DATA_ROOT={shlex.quote(str(root))}"
+        mend = f"get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download{to}"
     else:
         mend = "put images of good parts there, or name another folder with --data-root"
     deeper = sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good"))

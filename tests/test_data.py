@@ -216,7 +216,7 @@ def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     with pytest.raises(UserError) as error:
         data.load(resolve({"category": "bottle"}), tmp_path)
     assert str(tmp_path / "bottle" / "train" / "good") in str(error.value)
-    assert "curl" in str(error.value) and "CC BY-NC-SA" in str(error.value)
+    assert "make download" in str(error.value) and "CC BY-NC-SA" in str(error.value)
     with pytest.raises(UserError, match="categories there: parts"):
         data.load(folder("prats"), parts)
     with pytest.raises(UserError, match=f"one for --data-root {parts}$"):

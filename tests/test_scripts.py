@@ -670,7 +670,7 @@ def test_bad_input_is_one_line_that_names_it_and_the_mend(script, parts, tmp_pat
         ("train", [*base, "--experiments-dir", a_file], str(a_file)),
         ("train", [*base, "--device", "cuda:99"], "--device cuda:99"),
         ("train", [*base, "--device", "tpu"], "--device tpu"),
-        ("train", ["--category", "bottle", "--data-root", tmp_path / "no"], "curl"),
+        ("train", ["--category", "bottle", "--data-root", tmp_path / "no"], "make download"),
         ("train", ["--dataset", "mnist", "--category", "3", "--data-root", empty], "--download"),
         ("benchmark", ["--recipe", "none"], "no such recipe; there:"),
         ("benchmark", ["--recipe", "../x"], "no such recipe"),
