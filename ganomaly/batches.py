@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DARK = 4  # grey levels: an image of a smaller mean is noise, which is not raised
+
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
     """On the device where they take at most half of its free memory, else left on the host."""
@@ -25,13 +27,22 @@ def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -
     return relative(x).div_(scale)
 
 
+def to_pixels(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
+    """What to_input did to uint8 pixels (B, C, S, S), undone for another x (B, C, S, S)."""
+    if scale is None:
+        grey = (x + 1) * 127.5
+    else:
+        grey = (x * scale + 1) * pixels.float().mean((1, 2, 3), keepdim=True).clamp_min(DARK)
+    return grey.round().clamp(0, 255).to(torch.uint8)
+
+
 def relative(x: Tensor) -> Tensor:
     """Grey levels (B, C, S, S), in place: each over the mean of its image, less 1.
 
     Exposure multiplies all pixels of an image; this takes it out and leaves the contrast.
     """
     mean = x.mean((1, 2, 3), keepdim=True)
-    return x.div_(mean.clamp_min(4)).sub_(1)  # a darker image is noise
+    return x.div_(mean.clamp_min(DARK)).sub_(1)
 
 
 def fitted_scale(images: Tensor, some: int = 200) -> float:

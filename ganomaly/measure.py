@@ -24,10 +24,10 @@ from ganomaly import config as configuration
 from ganomaly import pipeline
 from ganomaly.batches import Batches
 from ganomaly.config import ROOT, Config, resolve
+from ganomaly.detector import Detector, load_detector
 from ganomaly.files import write_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build, initialise
-from ganomaly.scoring import Detector, load_detector
 from ganomaly.training import AMP, TICK, resolve_amp, train
 
 ONCE = ("Set-up", "Networks", "Go on from a checkpoint")  # paragraphs before the training loop

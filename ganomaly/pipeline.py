@@ -16,12 +16,12 @@ from ganomaly import data, experiment, metrics  # metrics loads BLAS, whose thre
 from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
+from ganomaly.detector import Detector
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
 from ganomaly.files import write_json, write_torch
 from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
-from ganomaly.scoring import Detector
 from ganomaly.training import resolve_amp, train
 
 LOOK = 1000  # test images of a kind that a look scores

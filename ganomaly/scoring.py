@@ -1,30 +1,15 @@
-"""Raw anomaly scores, their calibration on held-out normal images, and the trained detector.
-
-Networks are in eval mode and float32 here, so that a score depends on neither batch size, batch
-mates nor order, and scoring changes no buffer.
-"""
+"""Raw anomaly scores, maps of them, and their calibration on held-out normal images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from ganomaly import config as configuration
-from ganomaly.batches import to_input
-from ganomaly.config import Config
-from ganomaly.errors import UserError
-from ganomaly.files import read_torch
-from ganomaly.networks import build
-
-BATCH = 64  # images a scoring pass; memory, not results, depends on it
 FOLDS = 5
 
 
@@ -201,121 +186,12 @@ def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
     return float(normal.sort().values[rank - 1]), 1 - rank / (n + 1)
 
 
-@dataclass
-class Detector:
-    """A trained model with what it knows of normal images; what model.pt holds."""
+def p_values(normal: Tensor, scores: Tensor) -> Tensor:
+    """Share of normal images that score as high: (N,) float64, at least 1 / (n + 1).
 
-    networks: dict[str, nn.Module]  # as networks.build names them
-    config: Config
-    device: torch.device
-    scale: float | None = None  # of the normalised input, see batches.to_input
-    calibration: Calibration | None = None
-    threshold: float | None = None  # of the headline score
-
-    def __post_init__(self):
-        for network in self.networks.values():
-            network.to(self.device, memory_format=torch.channels_last)
-            network.eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def outputs(self, pixels: Tensor) -> Outputs:
-        """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
-            z, x_hat, z_hat = self.networks["generator"](x)
-            _, f = self.networks["discriminator"](x)
-            _, f_hat = self.networks["discriminator"](x_hat)
-            comparator = self.networks.get("comparator")
-            logits = None if comparator is None else comparator(x, x_hat)
-        return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
-
-    def calibrate(self, pixels: Tensor) -> None:
-        """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
-        self.calibration = calibrate(self.raw(pixels), self.config.seed)
-        normal = self.calibration.scores[self.config.score]
-        self.threshold, _ = threshold_at(normal, self.config.quantile)
-
-    def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function of the Outputs of every batch of uint8 images (N, C, S, S), in float32."""
-        parts = pixels.split(BATCH)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
-            return [function(self.outputs(batch)) for batch in bar]
-
-    def raw(self, pixels: Tensor) -> Raw:
-        """All uncalibrated scores of uint8 images (N, C, S, S), one pass.
-
-        UserError where one is not finite, as of a network that diverged.
-        """
-        names = [name for name in SCORES if name in self.config.scores]
-        parts = self.each(
-            pixels,
-            lambda o: (
-                {name: SCORES[name](o).cpu() for name in names},
-                (o.z - o.z_hat).double().cpu(),
-            ),
-        )
-        scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
-        raw = Raw(scores, torch.cat([gaps for _, gaps in parts]))
-        for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
-            if not values.isfinite().all():
-                raise UserError(f"{name} is not finite: the training diverged, lower --lr")
-        return raw
-
-    def scores(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return all_scores(self.raw(pixels), self.calibration.statistics)
-
-    def heat_maps(self, pixels: Tensor) -> Tensor:
-        """Anomaly of every pixel of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU.
-
-        The mean of the maps, each on the scale of its image-level score: 0 is what the most
-        anomalous pixels of a normal image have in the mean, 1 a deviation more. One scale for all
-        images, so that two of them compare.
-        """
-        known = self.calibration.statistics.parts
-        maps = self.each(
-            pixels,
-            lambda o: sum(
-                (MAPS[name](o) - mean) / dev for name, (mean, dev) in known.items()
-            ).cpu(),
-        )
-        return torch.cat(maps) / len(known)
-
-    def state(self) -> dict:
-        """The content of model.pt: tensors, numbers and text only."""
-        return {
-            "config": self.config.to_json(),
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "statistics": vars(self.calibration.statistics),
-            "scores": self.calibration.scores,
-            "threshold": self.threshold,
-            "scale": self.scale,
-        }
-
-
-def load_detector(path, device: torch.device) -> Detector:
-    """The detector in a model.pt; UserError where the file is not one."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such model; make train writes model.pt files")
-    try:
-        state = read_torch(Path(path))
-        config = configuration.from_json(state["config"])
-        networks = build(config)
-        for name, network in networks.items():
-            network.load_state_dict(state["networks"][name])
-        calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
-        threshold, scale = float(state["threshold"]), state["scale"]
-        if (scale is None) != (config.normalise == "none"):
-            raise ValueError
-        nothing = Raw(
-            {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
-        )
-        all_scores(nothing, calibration.statistics)  # raises where shapes or names don't fit
-        if calibration.scores.keys() != set(config.scores):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):
-        raise UserError(
-            f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
-        ) from None
-    return Detector(networks, config, device, scale, calibration, threshold)
+    normal: (n,) as in threshold_at. At most a share p of images as normal as those has a p-value of
+    at most p (conformal prediction). A score is above the threshold exactly where its p-value is at
+    most the share that threshold_at expects there.
+    """
+    below = torch.searchsorted(normal.sort().values, scores.contiguous())  # strictly
+    return (1 + len(normal) - below).double() / (1 + len(normal))

@@ -25,7 +25,8 @@ def main(argv=None) -> int:
     folder = experiment_folder(args, args.experiment)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import data, experiment, pipeline, results, scoring
+        from ganomaly import data, experiment, pipeline, results
+        from ganomaly.detector import load_detector
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
     if not run.finished:
@@ -34,7 +35,7 @@ def main(argv=None) -> int:
             "metrics.json; train it into this experiment first"
         )
     before = experiment.read_metrics(run.path("metrics.json"))
-    detector = scoring.load_detector(run.path("model.pt"), pipeline.use_device(args.device))
+    detector = load_detector(run.path("model.pt"), pipeline.use_device(args.device))
     config = detector.config
     for name, value in given.items():
         if value not in (None, "auto") and value != getattr(config, name):

@@ -1,18 +1,28 @@
-"""Score images with a trained model: CSV with path, score, threshold and verdict.
+"""Score images with a trained model: CSV with path, score, threshold, verdict and p-value.
 
 An image is called defective when its score is above the threshold, which held-out normal images
-set at training. An image that cannot be read is a row with the reason, and the exit code is 1.
+set at training; the p-value is the share of normal images that score as high. An image that cannot
+be read is a row with the reason, and the exit code is 1.
 """
 
 import csv
+import glob
 import io
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser
+from ganomaly.config import FIELDS, checked
 from ganomaly.errors import UserError, guard, leaving_at_once
+
+
+class Item(NamedTuple):
+    path: Path
+    name: Path  # of its heat map: relative to the folder that was asked for
 
 
 def main(argv=None) -> int:
@@ -21,65 +31,91 @@ def main(argv=None) -> int:
         "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
     )
     parser.add_argument(
-        "--images", type=Path, required=True, nargs="+", metavar="PATH", help="images or folders"
-    )
+        "--images", required=True, nargs="+", metavar="PATH",
+        help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="[standard output]")
+    parser.add_argument(
+        "--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each"
+    )
+    parser.add_argument(
+        "--quantile", type=float, metavar="FLOAT",
+        help="share of normal images under the threshold [as trained: 0.95]",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = parser.parse_args(argv)
+    if args.quantile is not None:
+        checked(FIELDS["quantile"], args.quantile)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import pipeline, scoring
+        from ganomaly import pipeline
+        from ganomaly.detector import load_detector
 
-    detector = scoring.load_detector(args.model, pipeline.use_device(args.device))
+    detector = load_detector(args.model, pipeline.use_device(args.device))
     pipeline.use_threads(detector.config.threads)
-    paths = find_images(args.images)
-    check_output(args.output, [args.model, *paths])
-    threshold = detector.threshold
+    above = detector.set_quantile(args.quantile or detector.config.quantile)
+    items = [item for text in args.images for item in find_images(text)]
+    check_output(args.output, [args.model, *(item.path for item in items)])
+    if args.heatmaps:
+        check_heatmaps(args.heatmaps, items)
 
     text = io.StringIO() if args.output else sys.stdout
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "score", "threshold", "verdict"])
+    writer.writerow(["path", "score", "threshold", "verdict", "p_value"])
+    threshold = f"{detector.threshold:.9g}"
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
-    for path, result in scored(detector, paths):
+    for item, result in judged(detector, items, args.heatmaps):
         if isinstance(result, str):
             counts["unreadable"] += 1
-            writer.writerow([path, "", f"{threshold:.9g}", f"unreadable: {result}"])
+            writer.writerow([item.path, "", threshold, f"unreadable: {result}", ""])
         else:
-            verdict = "defective" if result > threshold else "normal"
+            score, p_value, defective = result
+            verdict = "defective" if defective else "normal"
             counts[verdict] += 1
-            writer.writerow([path, f"{result:.9g}", f"{threshold:.9g}", verdict])
+            writer.writerow([item.path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
     if args.output:
         write_output(args.output, text.getvalue())
-    normal = detector.calibration.scores[detector.config.score]
-    _, above = scoring.threshold_at(normal, detector.config.quantile)
     print(
-        f"{len(paths)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; of normal "
-        f"images {above:.1%} are expected above the threshold, by {len(normal)} held out"
-        + (f"; written to {args.output}" if args.output else ""),
+        f"{len(items)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; of normal "
+        f"images {above:.1%} are expected above the threshold, by {len(detector.normal)} held out"
+        + (f"; written to {args.output}" if args.output else "")
+        + (f"; heat maps in {args.heatmaps}" if args.heatmaps else ""),
         file=sys.stderr,
     )
     return 1 if counts["unreadable"] else 0
 
 
-def find_images(inputs: list[Path]) -> list[Path]:
-    """Files as given, and the images in folders and their sub-folders, sorted in each."""
+def find_images(text: str) -> list[Item]:
+    """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
     from ganomaly.images import SUFFIXES, note_others
 
-    paths = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            hidden = {p for p in inside if any(n[0] == "." for n in p.relative_to(path).parts)}
-            inside = [p for p in inside if p.is_file() and p not in hidden]
-            if not inside:
-                raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
-            paths += inside
-            note_others(path, path.rglob("*"))
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"{path}: no such image or folder")
-    return paths
+    path = Path(text)
+    if text == "-":
+        lines = os.fsdecode(sys.stdin.buffer.read()).splitlines()
+        return [item for line in lines if line for item in listed(Path(line))]
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        hidden = {p for p in inside if any(n[0] == "." for n in p.relative_to(path).parts)}
+        inside = [p for p in inside if p.is_file() and p not in hidden]
+        if not inside:
+            raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+        note_others(path, path.rglob("*"))
+        return [Item(p, p.relative_to(path)) for p in inside]
+    if path.is_file():
+        return listed(path)
+    if glob.has_magic(text):
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        matches = [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES]
+        if not matches:
+            raise UserError(f"{text}: no image matches this pattern")
+        return [item for p in matches for item in listed(p)]
+    raise UserError(f"{path}: no such image or folder")
+
+
+def listed(path: Path) -> list[Item]:
+    """One image by its own path, there or not: what is not is told in its row."""
+    inside = not path.is_absolute() and ".." not in path.parts
+    return [Item(path, path if inside else Path(path.name))]
 
 
 def check_output(output: Path | None, inputs: list[Path]) -> None:
@@ -88,9 +124,27 @@ def check_output(output: Path | None, inputs: list[Path]) -> None:
         return
     if output.is_dir():
         raise UserError(f"--output {output}: a folder; name a file")
-    if output.exists() and any(output.samefile(path) for path in inputs):
+    if output.exists() and any(path.exists() and output.samefile(path) for path in inputs):
         raise UserError(f"--output {output}: is an input of this command; name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_heatmaps(folder: Path, items: list[Item]) -> None:
+    """No heat map may take the place of an image or of another heat map."""
+    seen: dict[Path, Path] = {}
+    for path, name in items:
+        target = heatmap_of(folder, name)
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UserError(f"--heatmaps {folder}: holds the images; name another folder")
+        if seen.setdefault(target, path) != path:
+            raise UserError(
+                f"--heatmaps: {seen[target]} and {path} would both be {target}; score them apart"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def heatmap_of(folder: Path, name: Path) -> Path:
+    return folder / (name if name.suffix == ".png" else name.with_name(name.name + ".png"))
 
 
 def write_output(output: Path, text: str) -> None:
@@ -103,29 +157,45 @@ def write_output(output: Path, text: str) -> None:
         write_atomic(output.resolve(), text)
 
 
-def scored(detector, paths: list[Path]):
-    """Yield every path with its headline score, or with the reason why it cannot be read."""
+def judged(detector, items: list[Item], heatmaps: Path | None):
+    """Yield every item with (score, p-value, defective), or with why it cannot be read."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
+    from ganomaly.detector import BATCH
     from ganomaly.images import decode
-    from ganomaly.scoring import BATCH
 
     config = detector.config
-    results = decode(paths, config.image_size, config.channels)
+    results = decode([item.path for item in items], config.image_size, config.channels)
     batch = []
-    for path, pixels in tqdm(zip(paths, results), "scoring", len(paths), leave=False, disable=None):
-        batch.append((path, pixels))
-        if len(batch) < BATCH and path is not paths[-1]:
+    bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
+    for number, (item, pixels) in enumerate(bar, 1):
+        batch.append((item, pixels))
+        if len(batch) < BATCH and number < len(items):
             continue
-        readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        readable = [(item, pixels) for item, pixels in batch if not isinstance(pixels, str)]
         if readable:
-            images = torch.from_numpy(np.stack(readable))
-            scores = iter(detector.scores(images)[config.score].tolist())
-        for path, pixels in batch:
-            yield path, pixels if isinstance(pixels, str) else next(scores)
+            images = torch.from_numpy(np.stack([pixels for _, pixels in readable]))
+            verdicts = zip(*(values.tolist() for values in detector(images)))
+            if heatmaps:
+                write_heatmaps(detector, images, [item for item, _ in readable], heatmaps)
+        for item, pixels in batch:
+            yield item, pixels if isinstance(pixels, str) else next(verdicts)
         batch = []
+
+
+def write_heatmaps(detector, images, items: list[Item], folder: Path) -> None:
+    import torch
+
+    from ganomaly.files import write_atomic
+    from ganomaly.images import read_image
+    from ganomaly.pictures import SIDE, explained, png
+
+    maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
+    for (path, name), x_hat, heat in zip(items, x_hats, maps):
+        large = torch.from_numpy(read_image(path, SIDE, detector.config.channels))
+        write_atomic(heatmap_of(folder, name), png(explained(large, x_hat, heat)))
 
 
 if __name__ == "__main__":

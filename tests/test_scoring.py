@@ -1,22 +1,23 @@
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ganomaly import detector as detectors
 from ganomaly import scoring
+from ganomaly.batches import to_input, to_pixels
 from ganomaly.config import Config
+from ganomaly.detector import Detector, load_detector
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
-from ganomaly.scoring import (
-    Detector,
-    calibrate,
-    fit_whitening,
-    load_detector,
-    threshold_at,
-    whitened,
-)
+from ganomaly.scoring import calibrate, fit_whitening, p_values, threshold_at, whitened
+
+from .conftest import ROOT
 
 CPU = torch.device("cpu")
 SMALL = Config(image_size=32, width=4, latent_dim=8, corrupted=0.5, comparator_width=3)
@@ -54,9 +55,9 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
     pixels = images(23, 3)
     whole = detector.scores(pixels)
     for size in (1, 5, 23):
-        monkeypatch.setattr(scoring, "BATCH", size)
+        monkeypatch.setattr(detectors, "BATCH", size)
         assert close(whole, detector.scores(pixels))
-    monkeypatch.setattr(scoring, "BATCH", 8)
+    monkeypatch.setattr(detectors, "BATCH", 8)
     turned = detector.scores(pixels.flip(0))
     assert close(whole, {name: values.flip(0) for name, values in turned.items()})
     black = torch.zeros_like(pixels)
@@ -344,3 +345,55 @@ def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
     expected, scores = detector.scores(images(30)), on_gpu.scores(images(30))
     for name, values in expected.items():
         assert torch.allclose(values, scores[name], rtol=1e-4), name
+
+
+def test_p_values_are_super_uniform_and_agree_with_the_threshold():
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(40, generator=rng)
+    fresh = torch.cat([torch.randn(2000, generator=rng), normal])
+    p = p_values(normal, fresh)
+    assert p.min() >= 1 / 41 and p.max() == 1
+    for quantile in (0.5, 0.9, 0.95, 0.99):
+        threshold, above = threshold_at(normal, quantile)
+        assert torch.equal(fresh > threshold, p <= above + 1e-12)
+    # Over draws of the calibration images a share of at most a has p <= a
+    draws = torch.randn(3000, 21, generator=rng)
+    ps = torch.stack([p_values(row[1:], row[:1])[0] for row in draws])
+    for a in (0.05, 0.1, 0.5):
+        share = (ps <= a).double().mean()
+        assert share <= a + 3 * math.sqrt(a * (1 - a) / 3000)
+    assert p_values(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0])) == 0.75  # ties count
+
+
+def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
+    pixels = images(3, 4)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    scores, p, defective = detector(pixels)
+    assert torch.equal(scores, detector.scores(pixels)[SMALL.score])
+    assert torch.equal(defective, scores > detector.threshold)
+    assert torch.equal(p, p_values(detector.normal, scores))
+    for ours, same in zip(detector(list(map(str, paths))), (scores, p, defective)):
+        assert torch.equal(ours, same)
+    for wrong in (pixels.float(), pixels[:, :1], pixels[..., :16], pixels[0]):
+        with pytest.raises(ValueError, match=r"uint8 of \(N, 3, 32, 32\) is needed"):
+            detector(wrong)
+    with pytest.raises(UserError, match="gone.png"):
+        detector([tmp_path / "gone.png"])
+
+
+def test_a_reconstruction_is_shown_in_the_exposure_of_its_image():
+    pixels = images(4, 2)
+    for scale in (None, 0.7):
+        seen = to_input(pixels, CPU, scale)
+        assert torch.equal(to_pixels(seen, pixels, scale), pixels)
+    darker = (pixels.float() / 2).round().to(torch.uint8)
+    shown = to_pixels(to_input(pixels, CPU, 0.7), darker, 0.7)
+    assert (shown.int() - darker.int()).abs().max() <= 1
+
+
+def test_importing_the_package_imports_no_torch(tmp_path):
+    code = "import sys, ganomaly; assert 'torch' not in sys.modules; print(ganomaly.load.__doc__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "model.pt" in done.stdout, done.stderr

@@ -3,6 +3,7 @@
 import csv
 import errno
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import data, experiment, images, pipeline, scoring
+from ganomaly import data, experiment, images, pipeline
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
+from ganomaly.detector import Detector
 from ganomaly.experiment import Run
 
 from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category
@@ -242,7 +244,7 @@ def phases(monkeypatch, error):
     """Make each stage of a run fail in turn; yields the stage's name."""
     stages = [
         (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Run, "save"),
-        (scoring, "calibrate"), (Run, "write_samples"), (scoring.Detector, "scores"),
+        (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
         (Run, "write_scores"), (pipeline, "figures"), (pipeline, "write_json"),
         (pipeline, "write_torch"), (experiment, "write_results"),
     ]  # fmt: skip
@@ -531,7 +533,7 @@ def test_predict_gives_the_scores_of_the_run(script, parts, tmp_path):
     code, out, err = script("predict", "--model", model, "--images", parts / "parts" / "test")
     assert code == 0
     rows = list(csv.DictReader(out.splitlines()))
-    assert list(rows[0]) == ["path", "score", "threshold", "verdict"]
+    assert list(rows[0]) == ["path", "score", "threshold", "verdict", "p_value"]
     recorded = list(csv.DictReader((folder_of(tmp_path) / "scores.csv").open()))
     assert len(rows) == 9 and "9 images" in err
     for row, known in zip(rows, recorded, strict=True):
@@ -539,6 +541,66 @@ def test_predict_gives_the_scores_of_the_run(script, parts, tmp_path):
         assert float(row["score"]) == pytest.approx(float(known["latent"]), rel=1e-5)
         above = float(row["score"]) > float(row["threshold"])
         assert row["verdict"] == ("defective" if above else "normal")
+        assert above == (float(row["p_value"]) <= 1 / 11)  # ten held out: the largest of them
+
+
+def test_a_quantile_moves_the_threshold_and_says_what_it_stands_for(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", parts / "parts" / "test"]
+    counts = {}
+    for quantile in ("0.3", "0.7"):
+        code, out, err = script("predict", *words, "--quantile", quantile)
+        rows = list(csv.DictReader(out.splitlines()))
+        counts[quantile] = sum(row["verdict"] == "defective" for row in rows)
+        level = 1 - {"0.3": 4, "0.7": 8}[quantile] / 11
+        assert code == 0 and f"{level:.1%} are expected above the threshold" in err
+        for row in rows:  # to the digits that are written
+            assert (row["verdict"] == "defective") == (float(row["p_value"]) < level + 1e-3)
+    assert counts["0.3"] >= counts["0.7"]
+    code, _, err = script("predict", *words, "--quantile", "95")
+    assert code == 2 and "quantile: 95.0 is not allowed" in one_line_error(err)
+
+
+def test_paths_come_from_patterns_and_pipes_in_their_order(script, parts, tmp_path, monkeypatch):
+    script("train", *train_words(parts, tmp_path))
+    model, test = folder_of(tmp_path) / "model.pt", parts / "parts" / "test"
+    code, out, _ = script("predict", "--model", model, "--images", test / "**" / "00[12].png")
+    paths = [row["path"] for row in csv.DictReader(out.splitlines())]
+    assert code == 0
+    assert paths == [str(test / d / f"00{i}.png") for d in ("a_bar", "good") for i in (1, 2)]
+    code, _, err = script("predict", "--model", model, "--images", test / "*.tif")
+    assert code == 2 and "no image matches" in one_line_error(err)
+    lines = [str(test / "good" / "003.png"), str(test / "gone.png"), str(test / "a_bar")]
+    pipe = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(sys, "stdin", pipe)
+    code, out, err = script("predict", "--model", model, "--images", "-")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 1 and [row["path"] for row in rows] == lines
+    assert rows[0]["score"] and "No such file" in rows[1]["verdict"]
+    assert "directory" in rows[2]["verdict"]
+
+
+def test_heat_maps_keep_relative_paths_and_one_scale(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    test, heat = parts / "parts" / "test", tmp_path / "heat"
+    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", test]
+    code, _, err = script("predict", *words, "--heatmaps", heat)
+    assert code == 0 and f"heat maps in {heat}" in err
+    names = {path.relative_to(test) for path in test.rglob("*.png")}
+    assert {path.relative_to(heat) for path in heat.rglob("*.png")} == names
+    with Image.open(heat / "a_bar" / "000.png") as picture:
+        assert picture.size == (768, 256)
+        left = np.asarray(picture)[:, :256].astype(int)
+    with Image.open(test / "a_bar" / "000.png") as image:
+        assert abs(left - np.asarray(image.resize((256, 256), 2)).astype(int)).max() <= 1
+    # Nothing of ours may fall on an image or on another heat map
+    before = (test / "good" / "000.png").read_bytes()
+    code, _, err = script("predict", *words, "--heatmaps", test)
+    assert code == 2 and "holds the images" in one_line_error(err)
+    assert (test / "good" / "000.png").read_bytes() == before
+    twice = [test / "good", test / "a_bar"]
+    code, _, err = script("predict", *words[:3], *twice, "--heatmaps", heat)
+    assert code == 2 and "score them apart" in one_line_error(err)
 
 
 def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):

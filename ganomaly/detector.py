@@ -1,0 +1,200 @@
+"""The trained detector: scores, verdicts and heat maps of images, and model.pt.
+
+Networks are in eval mode and float32 here, so that a score depends on neither batch size, batch
+mates nor order, and scoring changes no buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ganomaly import config as configuration
+from ganomaly.batches import to_input, to_pixels
+from ganomaly.config import Config
+from ganomaly.errors import UserError
+from ganomaly.files import read_torch
+from ganomaly.images import read_images
+from ganomaly.networks import build
+from ganomaly.scoring import (
+    MAPS,
+    SCORES,
+    Calibration,
+    Outputs,
+    Raw,
+    Statistics,
+    all_scores,
+    calibrate,
+    p_values,
+    threshold_at,
+)
+
+BATCH = 64  # images a scoring pass; memory, not results, depends on it
+
+
+class Verdicts(NamedTuple):
+    """What a detector says of N images."""
+
+    scores: Tensor  # (N,) float32, the headline anomaly score: higher is more anomalous
+    p_values: Tensor  # (N,) float64, the share of normal images that score as high
+    defective: Tensor  # (N,) bool, score > threshold
+
+
+@dataclass
+class Detector:
+    """A trained model with what it knows of normal images; what model.pt holds."""
+
+    networks: dict[str, nn.Module]  # as networks.build names them
+    config: Config
+    device: torch.device
+    scale: float | None = None  # of the normalised input, see batches.to_input
+    calibration: Calibration | None = None
+    threshold: float | None = None  # of the headline score
+
+    def __post_init__(self):
+        for network in self.networks.values():
+            network.to(self.device, memory_format=torch.channels_last)
+            network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def outputs(self, pixels: Tensor) -> Outputs:
+        """One batch, uint8 (B, C, S, S) -> Outputs."""
+        x = to_input(pixels, self.device, self.scale)
+        with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
+            z, x_hat, z_hat = self.networks["generator"](x)
+            _, f = self.networks["discriminator"](x)
+            _, f_hat = self.networks["discriminator"](x_hat)
+            comparator = self.networks.get("comparator")
+            logits = None if comparator is None else comparator(x, x_hat)
+        return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
+
+    def calibrate(self, pixels: Tensor) -> None:
+        """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
+        self.calibration = calibrate(self.raw(pixels), self.config.seed)
+        self.set_quantile(self.config.quantile)
+
+    @property
+    def normal(self) -> Tensor:
+        """The headline scores of the calibration images: (n,) float32, sorted."""
+        return self.calibration.scores[self.config.score]
+
+    def set_quantile(self, quantile: float) -> float:
+        """Move the threshold; returns the share of normal images that is expected above it."""
+        self.config = self.config.replace(quantile=quantile)
+        self.threshold, above = threshold_at(self.normal, quantile)
+        return above
+
+    def __call__(self, images: Tensor | Sequence[str | Path]) -> Verdicts:
+        """Verdicts on uint8 images (N, C, S, S), or on image files of any size and kind.
+
+        UserError names the files that cannot be read; ValueError tells what a tensor should be.
+        """
+        c = self.config
+        if not isinstance(images, Tensor):
+            images = read_images([Path(path) for path in images], c.image_size, c.channels)
+        if images.dtype != torch.uint8 or images.shape[1:] != (c.channels, *[c.image_size] * 2):
+            raise ValueError(
+                f"images are {images.dtype} of {tuple(images.shape)}; uint8 of "
+                f"(N, {c.channels}, {c.image_size}, {c.image_size}) is needed, 0 to 255"
+            )
+        return self.verdicts(self.scores(images)[c.score])
+
+    def verdicts(self, scores: Tensor) -> Verdicts:
+        """Of headline scores (N,) float32."""
+        return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
+
+    def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
+        """function of the Outputs of every batch of uint8 images (N, C, S, S), in float32."""
+        parts = pixels.split(BATCH)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
+            return [function(self.outputs(batch)) for batch in bar]
+
+    def raw(self, pixels: Tensor) -> Raw:
+        """All uncalibrated scores of uint8 images (N, C, S, S), one pass.
+
+        UserError where one is not finite, as of a network that diverged.
+        """
+        names = [name for name in SCORES if name in self.config.scores]
+        parts = self.each(
+            pixels,
+            lambda o: (
+                {name: SCORES[name](o).cpu() for name in names},
+                (o.z - o.z_hat).double().cpu(),
+            ),
+        )
+        scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
+        raw = Raw(scores, torch.cat([gaps for _, gaps in parts]))
+        for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
+            if not values.isfinite().all():
+                raise UserError(f"{name} is not finite: the training diverged, lower --lr")
+        return raw
+
+    def scores(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
+        return all_scores(self.raw(pixels), self.calibration.statistics)
+
+    def heat_maps(self, pixels: Tensor) -> Tensor:
+        """Anomaly of every pixel of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU.
+
+        The mean of the maps, each on the scale of its image-level score: 0 is what the most
+        anomalous pixels of a normal image have in the mean, 1 a deviation more. One scale for all
+        images, so that two of them compare.
+        """
+        known = self.calibration.statistics.parts
+        maps = self.each(
+            pixels,
+            lambda o: sum(
+                (MAPS[name](o) - mean) / dev for name, (mean, dev) in known.items()
+            ).cpu(),
+        )
+        return torch.cat(maps) / len(known)
+
+    def reconstructions(self, pixels: Tensor) -> Tensor:
+        """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
+        parts = self.each(pixels, lambda o: o.x_hat.cpu())
+        return to_pixels(torch.cat(parts), pixels, self.scale)
+
+    def state(self) -> dict:
+        """The content of model.pt: tensors, numbers and text only."""
+        return {
+            "config": self.config.to_json(),
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "statistics": vars(self.calibration.statistics),
+            "scores": self.calibration.scores,
+            "threshold": self.threshold,
+            "scale": self.scale,
+        }
+
+
+def load_detector(path, device: torch.device) -> Detector:
+    """The detector in a model.pt; UserError where the file is not one."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such model; make train writes model.pt files")
+    try:
+        state = read_torch(Path(path))
+        config = configuration.from_json(state["config"])
+        networks = build(config)
+        for name, network in networks.items():
+            network.load_state_dict(state["networks"][name])
+        calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
+        threshold, scale = float(state["threshold"]), state["scale"]
+        if (scale is None) != (config.normalise == "none"):
+            raise ValueError
+        nothing = Raw(
+            {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
+        )
+        all_scores(nothing, calibration.statistics)  # raises where shapes or names don't fit
+        if calibration.scores.keys() != set(config.scores):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):
+        raise UserError(
+            f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
+        ) from None
+    return Detector(networks, config, device, scale, calibration, threshold)

@@ -1,0 +1,45 @@
+"""What the detector sees in an image, for people: image, reconstruction, heat map over it."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SIDE = 256  # of each of the three pictures, pixels
+FULL = 5.0  # value of Detector.heat_maps that is shown in full; up to 0, normal, nothing is
+
+
+def explained(image: Tensor, x_hat: Tensor, heat: Tensor) -> Image.Image:
+    """Three squares side by side: the image, its reconstruction, the heat map over the grey image.
+
+    image, x_hat: uint8 (C, H, W) of any sizes; heat: float32 (S, S), see Detector.heat_maps. The
+    scale of the heat is fixed, so that two pictures compare.
+    """
+    squares = [square(image), square(x_hat)]
+    strength = F.interpolate(heat[None, None], (SIDE, SIDE), mode="bilinear")[0]
+    strength = (strength / FULL).clamp(0, 1)  # (1, SIDE, SIDE)
+    # From yellow to red
+    colour = torch.cat([torch.full_like(strength, 255), 230 * (1 - strength), 0 * strength])
+    cover = 0.85 * strength.sqrt()
+    squares.append(squares[0].mean(0, keepdim=True) * (1 - cover) + colour * cover)
+    pixels = torch.cat([s.round() for s in squares], 2).to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def square(pixels: Tensor) -> Tensor:
+    """uint8 (C, H, W) -> float32 (3, SIDE, SIDE)."""
+    if pixels.shape[1:] == (SIDE, SIDE):
+        return pixels.float().expand(3, -1, -1)
+    mode = "nearest" if pixels.shape[1] < SIDE else "area"
+    return F.interpolate(pixels[None].float(), (SIDE, SIDE), mode=mode)[0].expand(3, -1, -1)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
