@@ -91,25 +91,31 @@ def category_name(config: Config, data_root: Path | None) -> str:
 
 
 def category_folder(config: Config, data_root: Path | None) -> Path:
-    """The category's folder; UserError where it has no train/good."""
+    """The category's folder; UserError where there is nothing in it to train on."""
     root = data_root_of(config.dataset, data_root)
     if config.dataset == "mvtec":
         check_class(config)
     folder = root / config.category if config.category else root
     good = folder / "train" / "good"
-    if good.is_dir():
+    if good.is_dir() or (config.dataset == "folder" and train_folder(folder) == folder):
         return folder
     if config.dataset == "mvtec":
         to = "" if data_root is None else f" DATA_ROOT={shlex.quote(str(root))}"
         mend = f"get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download{to}"
     else:
-        mend = "put images of good parts there, or name another folder with --data-root"
+        mend = f"put images of good parts there or into {folder}, or name another --data-root"
     deeper = sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good"))
     if deeper:
         mend = f"there is one for --data-root {deeper[0].parent.parent.parent}"
     there = categories_in(root)
     also = f"; categories there: {', '.join(there)}" if there else ""
     raise UserError(f"no folder {good}{also}; {mend}")
+
+
+def train_folder(folder: Path) -> Path:
+    """Where a category's normal images are: train/good, else, where it has images, the folder."""
+    good = folder / "train" / "good"
+    return folder if not good.is_dir() and folder.is_dir() and image_files(folder) else good
 
 
 def categories_in(root: Path) -> list[str]:
@@ -153,7 +159,7 @@ def train_files(config: Config, data_root: Path | None) -> str | None:
     if config.dataset not in ("mvtec", "folder"):
         return None
     try:
-        files = image_files(category_folder(config, data_root) / "train" / "good")
+        files = image_files(train_folder(category_folder(config, data_root)))
     except UserError:
         return None
     listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
@@ -162,8 +168,9 @@ def train_files(config: Config, data_root: Path | None) -> str | None:
 
 def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
-    train = image_files(folder / "train" / "good")
-    check_train_size(len(train), config, folder / "train" / "good")
+    good = train_folder(folder)
+    train = image_files(good)
+    check_train_size(len(train), config, good)
     test = []
     if (folder / "test").is_dir():
         for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
@@ -178,7 +185,7 @@ def load_folder(config: Config, root: Path) -> Category:
                     f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
                     "add some, or take test/ away to train and calibrate only"
                 )
-    note_others(folder, [*folder.glob("train/good/*"), *folder.glob("test/*/*")])
+    note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
     paths = train + [path for path, _ in test]
     pixels = read_images(paths, config.image_size, config.channels)
     kept, held_out = split_calibration(len(train), config)

@@ -8,6 +8,7 @@ import statistics
 
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.published import PUBLISHED
+from ganomaly.scoring import rank_at
 
 SOURCE = ("category", "dataset", "seed", "score", "threshold", "scores", "provenance")
 FIGURES = (
@@ -153,14 +154,14 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}{deviation}" if values else ""
 
 
-def summary(m: dict) -> str:
+def summary(m: dict, quantile: float) -> str:
     """The results row of one run, for a terminal."""
-    head = f"{m['category']} seed {m['seed']}: {m['n_train']} images trained on, " + (
-        f"{m['n_calibration']} to calibrate"
-    )
+    n = m["n_calibration"]
+    head = f"{m['category']} seed {m['seed']}: {m['n_train']} images trained on, {n} to calibrate"
+    above = f"{1 - rank_at(n, quantile) / (n + 1):.1%} of good images are expected above it"
     if m["auroc"] is None:
-        share = f"threshold {m['threshold']:.6g} of score {m['score']}"
-        return f"{head}; {share}; no test/, so nothing could be evaluated"
+        told = f"threshold {m['threshold']:.6g} of score {m['score']}: {above}"
+        return f"{head}\n  {told}\n  there is no test/, so nothing could be evaluated"
     more = {
         "AUROC of pixels": m["pixel_auroc"],
         "of brightness before normalisation": m["auroc_brightness_raw"],
@@ -174,7 +175,8 @@ def summary(m: dict) -> str:
             f"  AUROC     {m['auroc']:.4f} ({m['score']}), average precision "
             f"{m['average_precision']:.4f}",
             f"  verdicts  F1 {m['f1']:.4f}, precision {m['precision']:.4f}, recall "
-            f"{m['recall']:.4f}, accuracy {m['accuracy']:.4f} at threshold {m['threshold']:.6g}",
+            f"{m['recall']:.4f}, accuracy {m['accuracy']:.4f}",
+            f"  threshold {m['threshold']:.6g}: {above}",
             f"  beside    F1-max {m['f1_max']:.4f} (an oracle), F1 of calling all defective "
             f"{m['f1_trivial']:.4f}",
             f"  controls  AUROC of brightness {m['auroc_brightness']:.4f}, of distance to the mean "

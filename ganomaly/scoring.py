@@ -181,9 +181,13 @@ def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
     largest score has 1 / (n + 1) above it.
     """
     n = len(normal)
-    # Rounded first: (19 + 1) * .95 is 19.000000000000004 in floating point.
-    rank = min(n, math.ceil(round((n + 1) * quantile, 9)))
+    rank = rank_at(n, quantile)
     return float(normal.sort().values[rank - 1]), 1 - rank / (n + 1)
+
+
+def rank_at(n: int, quantile: float) -> int:
+    # Rounded first: (19 + 1) * .95 is 19.000000000000004 in floating point.
+    return min(n, math.ceil(round((n + 1) * quantile, 9)))
 
 
 def p_values(normal: Tensor, scores: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def main(argv=None) -> int:
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
     metrics = pipeline.assess(run, detector, category, training)
     experiment.write_results(folder)
-    print(results.summary(metrics))
+    print(results.summary(metrics, config.quantile))
     changed = [key for key in metrics if metrics[key] != before[key]]
     print("  changed   " + (", ".join(changed) or "nothing: the numbers are those of the run"))
     return 0

@@ -34,7 +34,7 @@ def main(argv=None) -> int:
     )
     if not trained:
         print("trained already; --force trains it anew")
-    print(results.summary(metrics))
+    print(results.summary(metrics, config.quantile))
     print(f"  written   {folder / metrics['category'] / f'seed{config.seed}'}")
     return 0
 

@@ -12,7 +12,7 @@ from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError
 from ganomaly.images import read_image
 
-from .conftest import draw_category
+from .conftest import draw, draw_category
 
 CPU = torch.device("cpu")
 
@@ -446,3 +446,24 @@ def test_the_scale_lets_normal_images_fill_the_range(kind):
     outside = (x.abs() > 1.05).float().mean()
     assert x.abs().max() > 0.95 and outside < 0.001
     assert fitted_scale(pixels // 2) == pytest.approx(fitted_scale(pixels), rel=0.05)
+
+
+def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        draw(tmp_path / "parts" / f"{i:02}.png", rng)
+    config = folder(None)
+    category = data.load(config, tmp_path / "parts")
+    assert (category.name, len(category.train), len(category.calibration)) == ("parts", 14, 10)
+    assert len(category.test) == 0 and data.train_files(config, tmp_path / "parts")
+    named = data.load(config.replace(category="parts"), tmp_path)
+    assert torch.equal(named.train, category.train)
+    # A test/ beside them is evaluated, and train/good goes before what lies beside it
+    for kind in ("good", "scratch"):
+        draw(tmp_path / "parts" / "test" / kind / "a.png", rng)
+    assert data.load(config, tmp_path / "parts").test_defects == ["good", "scratch"]
+    for i in range(20):
+        draw(tmp_path / "parts" / "train" / "good" / f"{i:02}.png", rng)
+    assert len(data.load(config, tmp_path / "parts").train) == 10
+    with pytest.raises(UserError, match="no folder"):
+        data.load(resolve({"category": "bottle"}), tmp_path / "parts" / "test")

@@ -95,7 +95,8 @@ def test_a_run_without_test_images_is_named_and_no_part_of_a_mean():
     empty["scores"] = {"latent": None}
     assert rows_of([empty])[0]["auroc"] == ""
     assert "nothing to evaluate: parts" in results_md("x", [empty])
-    assert "nothing could be evaluated" in summary(empty)
+    told = summary({**empty, "n_calibration": 39}, 0.95)
+    assert "nothing could be evaluated" in told and "5.0% of good images" in told
 
 
 def test_published_figures_cover_every_category_and_agree_with_their_stated_means():
