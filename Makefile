@@ -16,7 +16,7 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help download train benchmark ablate evaluate predict board speed test
+.PHONY: help download train benchmark ablate evaluate predict export board speed test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,9 +44,13 @@ ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= EXPERIME
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
 
-predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv
+predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv HEATMAPS=folder
 	@$(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
-		$(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
+		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) \
+		$(call flag,DEVICE,--device) $(ARGS)
+
+export: $(READY) ## one file that scores images with torch alone: MODEL=.../model.pt OUTPUT=file.pt2
+	@$(PYTHON) scripts/export.py $(call flag,MODEL,--model) $(call flag,OUTPUT,--output) $(ARGS)
 
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"

@@ -23,7 +23,6 @@ from ganomaly.files import read_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build
 from ganomaly.scoring import (
-    MAPS,
     SCORES,
     Calibration,
     Outputs,
@@ -31,6 +30,7 @@ from ganomaly.scoring import (
     Statistics,
     all_scores,
     calibrate,
+    heat_map,
     p_values,
     threshold_at,
 )
@@ -44,6 +44,15 @@ class Verdicts(NamedTuple):
     scores: Tensor  # (N,) float32, the headline anomaly score: higher is more anomalous
     p_values: Tensor  # (N,) float64, the share of normal images that score as high
     defective: Tensor  # (N,) bool, score > threshold
+
+
+def outputs_of(networks, x: Tensor) -> Outputs:
+    """x (B, C, S, S) in [-1, 1] through networks in eval mode, named as networks.build does."""
+    z, x_hat, z_hat = networks["generator"](x)
+    _, f = networks["discriminator"](x)
+    _, f_hat = networks["discriminator"](x_hat)
+    logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
+    return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
 
 
 @dataclass
@@ -67,12 +76,7 @@ class Detector:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
         x = to_input(pixels, self.device, self.scale)
         with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
-            z, x_hat, z_hat = self.networks["generator"](x)
-            _, f = self.networks["discriminator"](x)
-            _, f_hat = self.networks["discriminator"](x_hat)
-            comparator = self.networks.get("comparator")
-            logits = None if comparator is None else comparator(x, x_hat)
-        return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
+            return outputs_of(self.networks, x)
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -141,20 +145,9 @@ class Detector:
         return all_scores(self.raw(pixels), self.calibration.statistics)
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
-        """Anomaly of every pixel of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU.
-
-        The mean of the maps, each on the scale of its image-level score: 0 is what the most
-        anomalous pixels of a normal image have in the mean, 1 a deviation more. One scale for all
-        images, so that two of them compare.
-        """
-        known = self.calibration.statistics.parts
-        maps = self.each(
-            pixels,
-            lambda o: sum(
-                (MAPS[name](o) - mean) / dev for name, (mean, dev) in known.items()
-            ).cpu(),
-        )
-        return torch.cat(maps) / len(known)
+        """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
+        known = self.calibration.statistics
+        return torch.cat(self.each(pixels, lambda o: heat_map(o, known).cpu()))
 
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""

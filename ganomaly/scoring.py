@@ -156,6 +156,17 @@ def all_scores(raw: Raw, known: Statistics) -> dict[str, Tensor]:
     }
 
 
+def heat_map(o: Outputs, known: Statistics) -> Tensor:
+    """Anomaly of every pixel: (B, S, S).
+
+    The mean of the maps, each on the scale of its image-level score: 0 is what the most anomalous
+    pixels of a normal image have in the mean, 1 a deviation more. One scale for all images, so
+    that two of them compare.
+    """
+    parts = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in known.parts.items()]
+    return sum(parts) / len(parts)
+
+
 def calibrate(raw: Raw, seed: int) -> Calibration:
     """Statistics from all calibration images, scores from five folds.
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import data, experiment, images, pipeline
+from ganomaly import data, experiment, images, load, pipeline
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
@@ -624,6 +624,48 @@ def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):
     assert rows[1]["score"] == rows[3]["score"] or float(rows[1]["score"]) == pytest.approx(
         float(rows[3]["score"]), rel=1e-5
     )
+
+
+# export.py
+
+
+def test_an_exported_program_says_the_same_without_this_repository(script, parts, tmp_path):
+    out = tmp_path / "runs"
+    more = ["--corrupted=0.5", "--comparator-width=3", "--normalise=exposure", "--score=calibrated"]
+    assert script("train", *train_words(parts, out, *more))[0] == 0
+    model, program = folder_of(out) / "model.pt", tmp_path / "program.pt2"
+    code, told, err = script("export", "--model", model, "--output", program, "--quantile", "0.5")
+    assert (code, err) == (0, "") and "45.5% of normal images" in told
+    detector = load(model, "cpu")
+    detector.set_quantile(0.5)
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images.pt")
+    # A process that cannot import ganomaly; any number of images, one too
+    code = (
+        "import torch, sys; run = torch.export.load('program.pt2').module()\n"
+        "images = torch.load('images.pt')\n"
+        "torch.save([run(images), run(images[:1])], 'answers.pt')\n"
+        "assert 'ganomaly' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for answer, part in zip(torch.load(tmp_path / "answers.pt"), (images, images[:1])):
+        ours = detector(part)
+        torch.testing.assert_close(answer[0], ours.scores, rtol=1e-5, atol=1e-6)
+        assert torch.equal(answer[1], ours.defective)
+        torch.testing.assert_close(answer[2], detector.heat_maps(part), rtol=1e-4, atol=1e-4)
+    code, _, err = script("export", "--model", model, "--output", model)
+    assert code == 2 and "is the model" in one_line_error(err)
+
+
+@pytest.mark.parametrize("score", ["latent", "latent_whitened", "feature"])
+def test_any_score_can_be_exported(script, parts, tmp_path, score):
+    assert script("train", *train_words(parts, tmp_path, f"--score={score}"))[0] == 0
+    code, told, _ = script("export", "--model", folder_of(tmp_path) / "model.pt")
+    assert code == 0 and f"{score} scores" in told
+    assert (folder_of(tmp_path) / "model.pt2").is_file()
 
 
 # benchmark.py
