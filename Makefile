@@ -16,7 +16,7 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
 .DEFAULT_GOAL := help
-.PHONY: help download train benchmark ablate evaluate predict export board speed test
+.PHONY: help download train benchmark ablate evaluate predict export report board speed test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPU
 
 export: $(READY) ## one file that scores images with torch alone: MODEL=.../model.pt OUTPUT=file.pt2
 	@$(PYTHON) scripts/export.py $(call flag,MODEL,--model) $(call flag,OUTPUT,--output) $(ARGS)
+
+report: $(READY) ## an experiment as one HTML page: EXPERIMENT= DATA_ROOT= for the images it errs on
+	@$(PYTHON) scripts/report.py $(call flag,EXPERIMENT,--experiment) $(place)
 
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"

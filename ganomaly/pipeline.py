@@ -12,14 +12,21 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from ganomaly import data, experiment, metrics  # metrics loads BLAS, whose threads are limited
+from ganomaly import (  # metrics loads BLAS, whose threads are limited
+    data,
+    experiment,
+    metrics,
+    pictures,
+    report,
+)
 from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
-from ganomaly.detector import Detector
+from ganomaly.detector import Detector, load_detector
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
-from ganomaly.files import write_json, write_torch
+from ganomaly.files import write_atomic, write_json, write_torch
+from ganomaly.images import read_images
 from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
 from ganomaly.training import resolve_amp, train
@@ -219,3 +226,36 @@ def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
     groups = [np.flatnonzero(labels == label) for label in (0, 1)]
     picks = [g[np.unique(np.linspace(0, len(g) - 1, most).round().astype(int))] for g in groups]
     return np.concatenate(picks)
+
+
+def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:
+    """The page of an experiment, with pictures where its models and images are at hand."""
+    explain = partial(explained_images, data_root=data_root, device=device)
+    write_atomic(output, report.page(folder, explain))
+
+
+def explained_images(
+    run: Path, row: dict, paths: list[str], *, data_root: Path | None, device: torch.device
+) -> list[bytes] | str:
+    """PNG pictures of a finished run's test images, or the reason why there are none."""
+    if not (run / "model.pt").is_file():
+        return (
+            "The images on which the runs err: git keeps no weights; make report shows them where "
+            "the runs were made."
+        )
+    try:
+        detector = load_detector(run / "model.pt", device)
+        config = detector.config
+        use_threads(config.threads)
+        if config.dataset in ("mvtec", "folder"):
+            check_train_files(row, config, data_root)
+            files = [data.category_folder(config, data_root) / path for path in paths]
+            pixels = read_images(files, config.image_size, config.channels)
+            shown = read_images(files, pictures.SIDE, config.channels)
+        else:
+            category = data.load(config, data_root)
+            shown = pixels = category.test[[category.test_paths.index(path) for path in paths]]
+    except UserError as error:
+        return f"The images on which {row['category']} errs: {error}."
+    parts = zip(shown, detector.reconstructions(pixels), detector.heat_maps(pixels))
+    return [pictures.png(pictures.explained(*part)) for part in parts]

@@ -81,6 +81,8 @@ def main(argv=None) -> int:
 
     if (table := folder / "results.md").is_file():
         print(table.read_text(encoding="utf-8"))
+        pipeline.write_report(folder, folder / "report.html", args.data_root, device)
+        print(f"written {folder / 'report.html'}")
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
     for name, reason in failed.items():

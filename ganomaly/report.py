@@ -1,0 +1,223 @@
+"""One self-contained HTML page of an experiment: no server, no network, no script.
+
+From the files that git keeps: the tables, and per category the scores of good and defective images,
+their ROC curve and the AUROC while training. Where a run's log, weights and images are at hand also
+its losses, and the images on which it errs most. What was not at hand is said.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ganomaly.experiment import read_metrics
+
+W, H = 320, 180  # of a chart, pixels
+BINS = 40
+ERRORS = 6  # images of each kind
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1b1b;--dim:#666;--line:#ccc;--paper:#fff;
+--good:#2b6cb0;--bad:#c2410c}
+@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--dim:#aaa;--line:#444;--paper:#161616;
+--good:#74a9e6;--bad:#f08c4a}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:1rem auto;
+max-width:76rem;padding:0 1rem}
+h2{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;white-space:normal;vertical-align:bottom;min-width:4rem}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
+.charts{display:flex;flex-wrap:wrap;gap:1rem 2rem}figure{margin:0;max-width:100%}
+.charts figure{width:320px}.wide img{width:100%;min-width:640px}
+figcaption,.dim{color:var(--dim);font-size:13px}svg{max-width:100%;height:auto}
+.charts text{font:11px system-ui,sans-serif;fill:var(--dim)}
+.good{fill:var(--good);stroke:var(--good)}.bad{fill:var(--bad);stroke:var(--bad)}
+rect.good,rect.bad{stroke:none;opacity:.6}path{fill:none;stroke-width:1.5}
+.axis{stroke:var(--line);fill:none}.cut{stroke:var(--ink);stroke-dasharray:4 3}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
+.pictures img{width:100%;border-radius:4px}figcaption{overflow-wrap:anywhere}
+.key b{font-weight:600}.key .g{color:var(--good)}.key .b{color:var(--bad)}
+"""
+
+
+def page(folder: Path, explain: Callable | None = None) -> str:
+    """The page of an experiment's folder.
+
+    explain(run's folder, metrics, paths) gives PNG pictures of test images, by their relative
+    paths, or says in a sentence why it cannot.
+    """
+    runs = {path.parent: read_metrics(path) for path in sorted(folder.glob("*/seed*/metrics.json"))}
+    runs = {run: m for run, m in runs.items() if m["auroc"] is not None}
+    text = (folder / "results.md").read_text(encoding="utf-8") if runs else ""
+    out = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width,initial-scale=1">',
+        f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
+        from_markdown(text) if runs else f"<h1>{escape(folder.name)}</h1><p>No evaluated runs.",
+    ]
+    origins = {(m["provenance"]["command"], m["provenance"]["commit"]) for m in runs.values()}
+    for command, commit in sorted(origins, key=str):
+        out.append(f"<p class=dim><code>{escape(command)}</code>, commit {escape(str(commit))}")
+    if any(folder.glob("*/seed*/curve.csv")) and (folder / "curves.svg").is_file():
+        picture = (folder / "curves.svg").read_bytes()
+        out.append(
+            f"<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
+            f'<p class=wide><img alt="AUROC by step" src="{inline(picture, "svg+xml")}">'
+        )
+    missing: dict[str, None] = {}
+    for category in dict.fromkeys(run.parent for run in runs):
+        seeds = {run: m for run, m in runs.items() if run.parent == category}
+        out += section(category.name, seeds, explain, missing)
+    if missing:
+        out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
+    return "\n".join(out) + "\n"
+
+
+def section(category: str, seeds: dict[Path, dict], explain, missing: dict) -> list[str]:
+    """A category: charts of its first seed, the ROC curves of all, the images it errs on."""
+    run, m = next(iter(seeds.items()))
+    labels, scores, paths = read_scores(run, m["score"])
+    out = [f"<h2>{escape(category)}</h2><div class=charts>"]
+    rocs = [roc(*read_scores(each, one["score"])[:2]) for each, one in seeds.items()]
+    chart = histogram(labels, scores, m["threshold"])
+    charts = [
+        (chart, f"Score {m['score']} of seed {m['seed']}: <span class=key><b class=g>good</b> and "
+         f"<b class=b>defective</b></span> test images, the threshold dashed"),
+        (roc_chart(rocs), f"ROC, {len(rocs)} seed{'s' * (len(rocs) > 1)}: true against false "
+         f"alarms; AUROC {np.mean([one['auroc'] for one in seeds.values()]):.3f}"),
+    ]  # fmt: skip
+    if (log := run / "log.jsonl").is_file():
+        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        if len(records) > 1:
+            charts.append(
+                (losses(records), "Losses by step, each on a scale of its own, logarithmic: "
+                 "<span class=key><b class=g>contextual</b>, <b class=b>discriminator</b></span>")
+            )  # fmt: skip
+    else:
+        missing["Losses: git keeps no logs; where the runs were made, the report shows them."] = (
+            None
+        )
+    out += [f"<figure>{svg}<figcaption>{told}</figcaption></figure>" for svg, told in charts]
+    out.append("</div>")
+    order = np.argsort(scores, kind="stable")
+    good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
+    bad = [i for i in order if labels[i] == 1][:ERRORS]
+    answer = "Pictures: nobody asked for them." if explain is None else None
+    answer = answer or explain(run, m, [paths[i] for i in good + bad])
+    if isinstance(answer, str):
+        missing[answer] = None
+        return out
+    pictures = dict(zip(good + bad, answer))
+    for title, chosen in (
+        (f"The {len(good)} good images with the highest scores", good),
+        (f"The {len(bad)} defective images with the lowest scores", bad),
+    ):
+        out.append(f"<h3>{title}</h3><div class=pictures>")
+        for i in chosen:
+            called = "defective" if scores[i] > m["threshold"] else "normal"
+            out.append(
+                f'<figure><img alt="image, reconstruction, heat map" src="{inline(pictures[i])}">'
+                f"<figcaption>{escape(paths[i])}: {scores[i]:.4g}, called {called}</figcaption>"
+                "</figure>"
+            )
+        out.append("</div>")
+    return out
+
+
+def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels (N,), scores (N,) and paths of a run's scores.csv."""
+    with open(run / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    labels, scores = (np.array([float(row[key]) for row in rows]) for key in ("label", score))
+    names = [row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+             for row in rows]  # fmt: skip
+    return labels, scores, names
+
+
+def inline(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def from_markdown(text: str) -> str:
+    """Headings, paragraphs and tables of a results.md, as HTML."""
+    out: list[str] = []
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("# "):
+            out.append(f"<h1>{escape(lines[0][2:])}</h1>")
+        elif lines[0].startswith("|"):
+            rows = [escape(x.strip("| ").replace("\\|", "&#124;"), False).replace("&amp;#", "&#")
+                    .split(" | ") for x in lines if not x.startswith("|---")]  # fmt: skip
+            cells = ["".join(f"<td>{cell.strip()}" for cell in row) for row in rows]
+            head = cells[0].replace("<td>", "<th>")
+            out.append(
+                f"<div class=wide><table><tr>{head}<tr>{'<tr>'.join(cells[1:])}</table></div>"
+            )
+        else:
+            out.append(f"<p>{escape(block)}")
+    return "\n".join(out)
+
+
+# Charts, as SVG
+
+
+def svg(inside: str, low: str, high: str) -> str:
+    """Axes of W x H, the ends of the horizontal one named."""
+    return (
+        f'<svg viewBox="0 -6 {W} {H + 24}" width="{W}" height="{H + 30}">'
+        f'<path class="axis" d="M0 0V{H}H{W}"/>{inside}'
+        f'<text x="0" y="{H + 14}">{low}</text>'
+        f'<text x="{W}" y="{H + 14}" text-anchor="end">{high}</text></svg>'
+    )
+
+
+def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float) -> str:
+    """Shares of good and defective images by score; what lies far out is in the last bar."""
+    low = float(min(scores.min(), threshold))
+    high = max(float(np.quantile(scores, 0.98)), threshold)
+    span = (high - low) or 1.0
+    inside = []
+    for label, kind in ((0, "good"), (1, "bad")):
+        places = np.clip((scores[labels == label] - low) / span * BINS, 0, BINS - 1).astype(int)
+        counts = np.bincount(places, minlength=BINS)
+        for i in np.flatnonzero(counts):
+            h = counts[i] / counts.max() * (H - 4)
+            inside.append(
+                f'<rect class="{kind}" x="{i * W / BINS:.1f}" y="{H - h:.1f}" '
+                f'width="{W / BINS:.1f}" height="{h:.1f}"/>'
+            )
+    cut = (threshold - low) / span * W
+    inside.append(f'<path class="cut" d="M{cut:.1f} 0V{H}"/>')
+    return svg("".join(inside), f"{low:.3g}", f"{high:.3g}")
+
+
+def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.metrics import roc_curve
+
+    false_alarms, found, _ = roc_curve(labels, scores)
+    return false_alarms, found
+
+
+def roc_chart(rocs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    diagonal = f'<path class="axis" d="M0 {H}L{W} 0"/>'
+    return svg(diagonal + "".join(line(x, y, "good") for x, y in rocs), "0", "1")
+
+
+def losses(records: list[dict]) -> str:
+    steps = np.array([record["step"] for record in records], float)
+    inside = ""
+    for name, kind in (("contextual", "good"), ("discriminator", "bad")):
+        values = np.log10(np.maximum([record[name] for record in records], 1e-9))
+        inside += line(steps / steps[-1], (values - values.min()) / (np.ptp(values) or 1), kind)
+    return svg(inside, "0", f"{steps[-1]:.0f}")
+
+
+def line(x: np.ndarray, y: np.ndarray, kind: str) -> str:
+    points = " ".join(f"{a * W:.1f},{(1 - b) * H:.1f}" for a, b in zip(x, y))
+    return f'<path class="{kind}" style="fill:none" d="M{points}"/>'

@@ -1,0 +1,125 @@
+"""The page of an experiment, read back as a browser would."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganomaly import pipeline, report
+from ganomaly.config import Config
+
+from .conftest import TINY, draw_category
+
+SENTENCE = "git keeps no weights"
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.sources, self.text, self.tags = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Two seeds of one category whose name would break a careless page."""
+    root = tmp_path_factory.mktemp("report")
+    name = "a<b>&'\"c|d"
+    draw_category(root / "images" / name, n_good=8, n_bad=8)
+    values = {**TINY, "steps": 120, "checkpoint_every": 40}
+    device = pipeline.use_device("cpu")
+    for seed in (42, 43):
+        config = Config(dataset="folder", category=name, seed=seed, **values)
+        pipeline.run_one(config, root / "runs" / "mine", root / "images", device)
+    return root, name
+
+
+def written(script, root, *more) -> Page:
+    words = ["--experiments-dir", root / "runs", "--experiment", "mine", *more]
+    code, out, err = script("report", *words)
+    assert code == 0, err
+    return Page((root / "runs" / "mine" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_the_errors_and_needs_nothing_else(script, experiment):
+    root, name = experiment
+    page = written(script, root, "--data-root", root / "images")
+    assert all(source.startswith("data:") for source in page.sources) and page.sources
+    assert "script" not in page.tags and "link" not in page.tags
+    assert page.text.count(name) >= 3  # in two tables and its heading, as text
+    pictures = [s for s in page.sources if s.startswith("data:image/png")]
+    assert len(pictures) == 12  # six good, six defective
+    for picture in pictures:
+        content = base64.b64decode(picture.partition(",")[2])
+        assert Image.open(io.BytesIO(content)).size == (768, 256)
+    assert page.text.count("test/good/") == page.text.count("test/a_bar/") == 6
+    assert SENTENCE not in page.text and "Losses by step" in page.text
+    assert "ROC, 2 seeds" in page.text and "AUROC at each checkpoint" in page.text
+
+
+def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_path):
+    root, _ = experiment
+    lost = shutil.ignore_patterns("*.pt", "log.jsonl", "events*", "*.png")
+    shutil.copytree(root / "runs", tmp_path / "runs", ignore=lost)
+    page = written(script, tmp_path)
+    assert SENTENCE in page.text and "git keeps no logs" in page.text
+    assert "svg" in page.tags and "table" in page.tags
+    assert not [s for s in page.sources if s.startswith("data:image/png")]
+    # Weights, but not the images
+    shutil.rmtree(tmp_path / "runs")
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    page = written(script, tmp_path, "--data-root", tmp_path / "nowhere")
+    assert "no folder" in page.text and SENTENCE not in page.text
+
+
+def test_nothing_to_report_on_is_refused(script, tmp_path):
+    code, _, err = script("report", "--experiments-dir", tmp_path)
+    assert code == 2 and "no finished run there" in err
+
+
+def test_charts_show_what_the_numbers_say():
+    labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
+    chart = report.histogram(labels, scores, 0.5)
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)".*?height="([\d.]+)"', chart)
+    full = f"{report.H - 4:.1f}"
+    third = f"{(report.H - 4) / 3:.1f}"
+    last = f"{report.W * (1 - 1 / report.BINS):.1f}"
+    assert bars == [("good", "0.0", full), ("bad", "0.0", third), ("bad", last, full)]
+    assert f'class="cut" d="M{report.W / 2:.1f} 0' in chart
+    assert report.roc(labels, scores)[1].tolist() == [0, 0.75, 1]
+
+
+def test_a_browser_opens_it_without_a_word(script, experiment, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    root, name = experiment
+    written(script, root, "--data-root", root / "images")
+    # The width of a phone: nothing but tables and the curves may be wider, and they scroll
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    probe = tmp_path / "probe.html"
+    text = (root / "runs/mine/report.html").read_text(encoding="utf-8")
+    probe.write_text(
+        text + "<script>const e=document.documentElement;const i=[...document.images];"
+        "document.title=[e.scrollWidth<=e.clientWidth,i.every(x=>x.naturalWidth>0),i.length]"
+        "</script>"
+    )
+    done = subprocess.run(
+        [browser, *words, "--window-size=390,800", "--dump-dom", f"file://{probe}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert "<title>true,true,13</title>" in done.stdout
