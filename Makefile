@@ -15,6 +15,10 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 	$(error make $@ takes CATEGORY= and SEED=, make benchmark the lists CATEGORIES= and SEEDS=))
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
+# Processes that share the work; one that dies is started again, and the runs go on
+launch = $(if $(WORKERS),OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone \
+	--nproc-per-node "$(WORKERS)" --max-restarts 3,$(PYTHON))
+
 .DEFAULT_GOAL := help
 .PHONY: help download train benchmark ablate evaluate predict export report board speed test
 
@@ -32,8 +36,8 @@ download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=m
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
 	$(lists)@$(PYTHON) scripts/train.py $(config) $(which) $(place)
 
-benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT=
-	@$(PYTHON) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
+benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT= WORKERS=
+	@$(launch) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
 		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
 
 ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= EXPERIMENT= ARGS=

@@ -24,7 +24,7 @@ from ganomaly import curves
 from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError
-from ganomaly.files import naming, read_torch, write_atomic, write_torch
+from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
 from ganomaly.results import METRICS, csv_text, results_csv, results_md
 
 # A run's files; of a killed process, then in the order in which a run is taken back: what is left
@@ -42,6 +42,7 @@ class Run:
 
     def __init__(self, experiment: Path, category: str, config: Config):
         self.config, self.name = config, f"{category} seed {config.seed}"
+        self.experiment = experiment
         self.folder = experiment / category / f"seed{config.seed}"
         self.progress: tqdm = tqdm(disable=True)  # the caller's bar, where there is one
         self.preview_images: Tensor | None = None  # uint8, for TensorBoard's reconstructions
@@ -258,6 +259,11 @@ def read_metrics(path: Path) -> dict:
 
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
+    with locked(experiment, wait=True):  # the last of several processes writes what all have done
+        rebuild_results(experiment)
+
+
+def rebuild_results(experiment: Path) -> None:
     found = {path: read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")}
     runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
     # Means are of runs of one config; `local` may hold others.

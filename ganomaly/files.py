@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 from pathlib import Path
 
 import torch
+
+from ganomaly.errors import UserError
+
+LOCK = ".lock"  # a file of its own: network file systems lock no folders
+
+
+class Busy(UserError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = False):
+    """Hold the folder's lock, which a process that dies does not leave behind.
+
+    Raises Busy at once where another process has it, unless `wait`. What was made for the lock goes
+    again where nothing came into it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with naming(folder / LOCK), lock_file(folder, wait) as file:
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK]:
+                os.unlink(file.name)
+                with contextlib.suppress(OSError):  # somebody else came
+                    for path in made:
+                        path.rmdir()
+
+
+def lock_file(folder: Path, wait: bool):
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / LOCK, "a")
+        except FileNotFoundError:  # the folder has just been removed
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        except FileNotFoundError:  # its holder has removed it: that lock is worth nothing
+            pass
+        except BlockingIOError:
+            file.close()
+            raise Busy(f"{folder}: another process is at work on this run") from None
+        file.close()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.errors import UserError
 from ganomaly.experiment import Run
-from ganomaly.files import write_atomic, write_json, write_torch
+from ganomaly.files import locked, write_atomic, write_json, write_torch
 from ganomaly.images import read_images
 from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
@@ -35,9 +36,13 @@ LOOK = 1000  # test images of a kind that a look scores
 
 
 def use_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, else the CPU. UserError where there is no such device."""
+    """auto: CUDA where there is one, else the CPU. UserError where there is no such device.
+
+    A launcher's processes on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        n, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        name = f"cuda:{rank % n}" if n else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -72,13 +77,22 @@ def run_one(
     """Train and evaluate one config into the experiment's folder.
 
     Returns its metrics and whether there was anything to do: a finished run is left as it is
-    unless `force`, an unfinished one goes on from its checkpoint.
+    unless `force`, an unfinished one goes on from its checkpoint. Busy, a UserError, where another
+    process is at work on the same run.
     """
     use_threads(config.threads)
     config = resolved(config, device)
-    origin = provenance(device, config)
     run = Run(folder, data.category_name(config, data_root), config)
     experiment.check_recipe(folder, config)
+    with locked(run.folder):
+        return run_locked(run, data_root, device, force, download, progress)
+
+
+def run_locked(
+    run: Run, data_root: Path | None, device: torch.device, force: bool, download: bool,
+    progress: tqdm | None,
+) -> tuple[dict, bool]:  # fmt: skip
+    config, folder = run.config, run.experiment
     if not force:
         run.check()
         if run.finished:
@@ -89,7 +103,7 @@ def run_one(
                 run.progress = progress
                 run.skip(config.steps)
             return before, False
-    origin["train_files"] = data.train_files(config, data_root)
+    origin = provenance(device, config) | {"train_files": data.train_files(config, data_root)}
     category = data.load(config, data_root, download)
     experiment.write_recipe(folder, config)
     run.begin(anew=force)

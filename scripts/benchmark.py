@@ -2,11 +2,15 @@
 
 The recipe is experiments/<recipe>/config.json, or --config FILE; flags change it. Finished runs
 are left alone, unfinished ones go on. A category that fails is told at the end, the others are
-done, and the exit code is 1.
+done, and the exit code is 1. Any number of these processes share the work, on one machine or on a
+shared file system: each takes what no other is at.
 """
 
+import os
 import sys
+import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ganomaly.cli import Parser, add_place_flags, experiment_folder, recipe_values
 from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError, describe, guard, leaving_at_once
+
+PAUSE = 2  # seconds, while other processes are at all that is left
 
 
 def main(argv=None) -> int:
@@ -29,11 +35,14 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     base = resolve({**recipe_values(parser, args), "category": None})
     folder = experiment_folder(args, args.experiment or args.recipe)
+    if args.force and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--force: each worker would train what another has just finished; one does")
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from tqdm import tqdm
 
         from ganomaly import data, experiment, pipeline
+        from ganomaly.files import Busy
 
     one = [args.category] if args.category else None
     categories = args.categories or one or data.categories_of(base, args.data_root)
@@ -55,10 +64,11 @@ def main(argv=None) -> int:
     device = pipeline.use_device(args.device)
     experiment.check_recipe(folder, pipeline.resolved(base, device))
 
-    failed = {}
+    failed, waiting, others = {}, deque(jobs), 0
     with tqdm(total=len(jobs) * base.steps, unit="step", disable=None) as bar:
-        for number, config in enumerate(jobs, 1):
-            name = f"{config.category} seed {config.seed}"
+        while waiting:
+            config = waiting.popleft()
+            number, name = len(jobs) - len(waiting), f"{config.category} seed {config.seed}"
             bar.set_description(f"{number}/{len(jobs)} {name}")
             try:
                 metrics, trained = pipeline.run_one(
@@ -71,6 +81,14 @@ def main(argv=None) -> int:
                         f"PCA-40 {metrics['auroc_pca']:.4f}"
                     )
                 bar.write(f"{name}: {line}" + ("" if trained else " (done before)"))
+                others = 0
+            except Busy:  # another process has it: see again when the rest is done
+                waiting.append(config)
+                others += 1
+                if others >= len(waiting):
+                    time.sleep(PAUSE)
+                    others = 0
+                continue
             except Exception as error:
                 failed[name] = describe(error)
                 if failed[name] is None:  # a bug of ours: show it whole
@@ -79,7 +97,8 @@ def main(argv=None) -> int:
             bar.n = bar.last_print_n = number * base.steps  # also where a run stopped half way
             bar.refresh()
 
-    if (table := folder / "results.md").is_file():
+    # Of several processes of a launcher one tells the end; none gets here before all is done
+    if (table := folder / "results.md").is_file() and os.environ.get("RANK", "0") == "0":
         print(table.read_text(encoding="utf-8"))
         pipeline.write_report(folder, folder / "report.html", args.data_root, device)
         print(f"written {folder / 'report.html'}")

@@ -27,6 +27,7 @@ def main(argv=None) -> int:
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import data, experiment, pipeline, results
         from ganomaly.detector import load_detector
+        from ganomaly.files import locked
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
     if not run.finished:
@@ -44,7 +45,8 @@ def main(argv=None) -> int:
     pipeline.check_train_files(before, config, args.data_root)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
-    metrics = pipeline.assess(run, detector, category, training)
+    with locked(run.folder):
+        metrics = pipeline.assess(run, detector, category, training)
     experiment.write_results(folder)
     print(results.summary(metrics, config.quantile))
     changed = [key for key in metrics if metrics[key] != before[key]]

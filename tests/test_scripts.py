@@ -23,6 +23,7 @@ from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
 from ganomaly.experiment import Run
+from ganomaly.files import Busy, locked
 
 from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category
 
@@ -624,6 +625,68 @@ def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):
     assert rows[1]["score"] == rows[3]["score"] or float(rows[1]["score"]) == pytest.approx(
         float(rows[3]["score"]), rel=1e-5
     )
+
+
+# Several processes
+
+
+def holder(folder: Path, seconds=60) -> subprocess.Popen:
+    """A process that holds a folder's lock."""
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        f"from ganomaly.files import locked\n"
+        f"with locked(Path({str(folder)!r})): print('held', flush=True); time.sleep({seconds})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(script, parts, tmp_path):
+    words = train_words(parts, tmp_path)
+    other = holder(folder_of(tmp_path))
+    code, _, err = script("train", *words)
+    assert code == 2 and "another process is at work on this run" in one_line_error(err)
+    assert [p.name for p in folder_of(tmp_path).iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    assert script("train", *words)[0] == 0
+    other = holder(folder_of(tmp_path))
+    for name in ("train", "evaluate"):
+        assert script(name, *words)[0] == 2
+    other.kill()
+    other.wait()
+    assert script("evaluate", *words)[0] == 0
+
+
+def test_a_lock_without_a_run_leaves_nothing(tmp_path):
+    with locked(tmp_path / "a" / "b" / "seed1"):
+        with pytest.raises(Busy), locked(tmp_path / "a" / "b" / "seed1"):
+            pass
+        assert (tmp_path / "a/b/seed1/.lock").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_benchmarks_share_the_work_and_the_table(script, fifteen, tmp_path):
+    words = ["--categories", "tile", "wood", "--seeds", "1", "2"]
+    serial = benchmark_words(fifteen, tmp_path / "serial", *words)
+    assert script("benchmark", *serial)[0] == 0
+    both = benchmark_words(fifteen, tmp_path / "both", *words)
+    command = [sys.executable, ROOT / "scripts/benchmark.py", *both]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    # Each run was trained by one of them
+    assert sum(out.count("(done before)") for out, _ in told) == 4
+    tables = []
+    for name in ("serial", "both"):
+        rows = list(csv.DictReader((tmp_path / name / "all" / "results.csv").open()))
+        results = list(rows[0])[: list(rows[0]).index("train_seconds")]
+        tables.append([[row[column] for column in results] for row in rows])
+    assert tables[0] == tables[1] and len(tables[0]) == 6
 
 
 # export.py
