@@ -20,7 +20,7 @@ launch = $(if $(WORKERS),OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --
 	--nproc-per-node "$(WORKERS)" --max-restarts 3,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help download train benchmark ablate evaluate predict export report board speed test
+.PHONY: help download train benchmark ablate evaluate predict export report board speed test torture
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -70,3 +70,6 @@ test: $(READY) ## ruff, where this Python has it, and pytest
 		then $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .; \
 		else echo "no ruff with $(PYTHON): the code is not linted"; fi
 	@$(PYTHON) -m pytest
+
+torture: $(READY) ## kill -9 at random, full disks, 50,000 steps: half an hour
+	@$(PYTHON) -m pytest -s tests/torture.py

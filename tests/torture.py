@@ -1,0 +1,166 @@
+"""The long tests: kill -9 at random moments, a full disk, 50,000 steps. `make torture`, not CI."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import ROOT, TINY_FLAGS, draw_category
+from .test_scripts import folder_of, numbers
+
+KILLS = 20
+ROOMY = ["--steps=600", "--checkpoint-every=25"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for seed, name in enumerate(("bottle", "cable", "pill")):
+        draw_category(root / name, n_train=60, n_good=20, n_bad=20, seed=seed)
+    return root
+
+
+def results_of(experiment: Path) -> list[list[str]]:
+    """results.csv, less times and provenance."""
+    lines = [line.split(",") for line in (experiment / "results.csv").read_text().splitlines()]
+    return [line[: lines[0].index("train_seconds")] for line in lines]
+
+
+def processes_of(leader: subprocess.Popen) -> list[int]:
+    """All processes of a session but its leader."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(after_name[3]) == leader.pid and int(path.parent.name) != leader.pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+def killed_until_done(words, rng, longest: float) -> int:
+    """Start a command again and again, kill -9 it KILLS times at random; returns the hits."""
+    hits, pauses = 0, [rng.uniform(0.5, longest) for _ in range(KILLS)]
+    for pause in [*pauses, None]:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=pause)
+            assert process.returncode == 0 and "Traceback" not in err, err
+        except subprocess.TimeoutExpired:
+            hits += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return hits
+
+
+@pytest.mark.parametrize("script", ["train", "benchmark"])
+def test_killed_runs_end_in_the_same_bytes(script, root, tmp_path):
+    which = ["--category=bottle", "--experiment=x"]
+    if script == "benchmark":
+        which = ["--experiment=x", "--categories", "bottle", "cable", "pill"]
+    command = [sys.executable, f"scripts/{script}.py", *which, "--data-root", root, *TINY_FLAGS]
+    command += [*ROOMY, "--experiments-dir"]
+    begun = time.perf_counter()
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True, cwd=ROOT)
+    seconds = time.perf_counter() - begun
+    hits = killed_until_done([*command, tmp_path / "killed"], random.Random(0), seconds / 2)
+    print(f"{script}: {hits} of {KILLS} kills hit, a whole run takes {seconds:.1f} s")
+    assert hits >= KILLS // 3
+    for run in sorted((tmp_path / "whole" / "x").glob("*/seed*")):
+        same = tmp_path / "killed" / run.relative_to(tmp_path / "whole")
+        assert numbers(run) == numbers(same)
+        assert (run / "curve.csv").read_bytes() == (same / "curve.csv").read_bytes()
+        assert not list(same.glob("*.tmp")) and not list(same.glob(".*.tmp"))
+    assert results_of(tmp_path / "whole" / "x") == results_of(tmp_path / "killed" / "x")
+
+
+def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
+    which = ["--experiment=x", "--seeds", "1", "2", "--data-root", root, *TINY_FLAGS, *ROOMY]
+    script = ["scripts/benchmark.py", *which, "--experiments-dir"]
+    whole = [sys.executable, *script, tmp_path / "whole", "--categories", "bottle", "cable", "pill"]
+    subprocess.run(whole, check=True, capture_output=True, cwd=ROOT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, "--max-restarts=3", *script, tmp_path / "shared",
+         "--categories", "bottle", "cable", "pill"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not list((tmp_path / "shared").glob("x/*/seed*/last.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(max(processes_of(process)), signal.SIGKILL)
+    told, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, told
+    assert "going on from step" in told
+    assert results_of(tmp_path / "whole" / "x") == results_of(tmp_path / "shared" / "x")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
+@pytest.mark.parametrize("kilobytes", [20, 120, 400, 700])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_with_more(kilobytes, root, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    words = ["--category=bottle", "--data-root", root, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
+    command = [sys.executable, "scripts/train.py", *words, disk]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+        assert "No space left" in errors[0] and "goes on" in errors[0]
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+        subprocess.run(
+            [*command[:-1], tmp_path / "roomy"], check=True, capture_output=True, cwd=ROOT
+        )
+        assert numbers(folder_of(disk, "bottle")) == numbers(
+            folder_of(tmp_path / "roomy", "bottle")
+        )
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_fifty_thousand_steps_take_no_more_memory_and_no_longer_a_step(root, tmp_path):
+    words = ["--category=bottle", "--data-root", root, *TINY_FLAGS, "--experiments-dir", tmp_path]
+    command = [sys.executable, "scripts/train.py", *words, "--steps=50000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    log, memory = folder_of(tmp_path, "bottle") / "log.jsonl", []
+    while process.poll() is None:
+        time.sleep(1)
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory.append(
+                (len(log.read_text().splitlines()), int(status.split("VmRSS:")[1].split()[0]))
+            )
+        except (OSError, IndexError):
+            pass
+    assert process.returncode == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(records) == 1000
+    early = np.median([kb for ticks, kb in memory if 100 <= ticks < 200])
+    late = np.median([kb for ticks, kb in memory if 800 <= ticks < 1000])
+    # images_per_second is of all steps so far: the time of a thousand is a difference
+    clock = {r["step"]: 4 * r["step"] / r["images_per_second"] for r in records}
+    first, last = clock[2000] - clock[1000], clock[50_000] - clock[49_000]
+    events = sum(p.stat().st_size for p in log.parent.glob("events*"))
+    print(
+        f"memory {early / 1024:.0f} then {late / 1024:.0f} MB; a thousand steps {first:.2f} then "
+        f"{last:.2f} s; log {log.stat().st_size / 1024:.0f} kB, events {events / 1024:.0f} kB"
+    )
+    assert late < 1.05 * early and last < 1.1 * first
