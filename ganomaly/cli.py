@@ -22,12 +22,27 @@ from ganomaly.config import (
 )
 from ganomaly.errors import UserError
 
+GROUPS = {
+    "images": ("dataset", "category", "image_size", "channels", "normalise", "corrupted"),
+    "networks": ("width", "latent_dim", "extra_layers", "comparator_width"),
+    "training": (
+        "batch_size", "steps", "lr", "beta1", "ema_decay", "w_adv", "w_con", "w_enc", "amp",
+        "checkpoint_every", "threads", "seed",
+    ),
+    "scores": ("score", "quantile", "calibration_fraction"),
+}  # fmt: skip
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and no abbreviated flags; `given` has the Config values."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(
+            usage="%(prog)s [flags]", description=description, allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=32, width=100
+            ),
+        )  # fmt: skip
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the flags")
@@ -44,15 +59,19 @@ class Parser(argparse.ArgumentParser):
         """--config and one flag a Config field, with dashes."""
         self.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         others = ", ".join(DATASET_DEFAULTS)
-        group = self.add_argument_group("config", f"[defaults]; {others} have some of their own")
-        for name, key in FIELDS.items():
-            choices = f": {allowed(key)}" if key.metadata["choices"] else ""
-            default = "" if name in ("dataset", "category") else f" [{key.default}]"
-            group.add_argument(
-                "--" + name.replace("_", "-"),
-                metavar=str(key.type).split()[0].upper(),
-                help=key.metadata["help"] + choices + default,
-            )
+        for title, names in GROUPS.items():
+            if title == "images":
+                title += f"; [defaults], of which {others} have some of their own"
+            group = self.add_argument_group(title)
+            for name in names:
+                key = FIELDS[name]
+                choices = f": {allowed(key)}" if key.metadata["choices"] else ""
+                default = "" if name in ("dataset", "category") else f" [{key.default}]"
+                group.add_argument(
+                    "--" + name.replace("_", "-"),
+                    metavar=str(key.type).split()[0].upper(),
+                    help=key.metadata["help"] + choices + default,
+                )
 
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags.
@@ -91,6 +110,10 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
         "--experiments-dir", type=Path, default=Path(os.path.relpath(ROOT / "experiments")),
         metavar="DIR", help="folder of the experiments [experiments]",
     )  # fmt: skip
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
 
 
 def experiment_folder(args: argparse.Namespace, name: str) -> Path:

@@ -40,19 +40,15 @@ def knob(default, help: str, *, low=None, high=None, above=None, below=None, cho
 class Config:
     """One run. Construction checks every value; UserError names the key and what is allowed."""
 
-    dataset: str = knob(
-        "mvtec", "where the images come from; mvtec with a category, else digits", choices=DATASETS
-    )
-    category: str | None = knob(
-        None, "what is trained on: MVTec's name, a folder's, or the class that is the anomaly"
-    )
+    dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
+    category: str | None = knob(None, "MVTec's name, a folder's, or the class that is the anomaly")
     image_size: int = knob(
         64, "side of the square images, pixels; a power of two", low=32, high=1024
     )
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
     normalise: str = knob(
         "none",
-        "exposure: each image is divided by its own mean brightness",
+        "exposure divides each image by its mean brightness",
         choices=("none", "exposure"),
     )
     width: int = knob(64, "channels of the first convolution", low=1, high=1024)
@@ -63,7 +59,7 @@ class Config:
     )
     corrupted: float = knob(
         0.0,
-        "share of each batch that is corrupted, for the generator to restore",
+        "share of each batch that is corrupted, to be restored",
         low=0,
         below=1,
     )
@@ -73,7 +69,7 @@ class Config:
     beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
     ema_decay: float = knob(
         0.99,
-        "decay a step of the running average that is scored; 0 scores the last weights",
+        "decay of the running average that is scored; 0: the last weights",
         low=0,
         below=1,
     )
@@ -82,7 +78,7 @@ class Config:
     w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
     amp: str = knob(
         "auto",
-        "training's precision; auto: bf16 where the device has it, else fp16 on CUDA",
+        "precision; auto: bf16 where the device has it, else fp16 on CUDA",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)

@@ -64,6 +64,18 @@ def use_threads(n: int) -> None:
     threadpool_limits(n, user_api="blas")
 
 
+def plan(
+    config: Config, folder: Path, data_root: Path | None, device: torch.device, force: bool
+) -> str:
+    """What run_one would do; UserError where it would be refused before it looks at the images."""
+    config = resolved(config, device)
+    run = Run(folder, data.category_name(config, data_root), config)
+    experiment.check_recipe(folder, config)
+    if config.dataset in ("mvtec", "folder") and not run.finished:
+        data.category_folder(config, data_root)
+    return run.plan(force)
+
+
 def run_one(
     config: Config,
     folder: Path,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, experiment_folder, recipe_values
+from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder, recipe_values
 from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError, guard, leaving_at_once
 
@@ -38,6 +38,7 @@ def main(argv=None) -> int:
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
+    add_dry_run(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
@@ -57,12 +58,17 @@ def main(argv=None) -> int:
         for name, changes in chosen:
             for category in categories:
                 config = changed(recipe, changes).replace(category=category, seed=seed)
+                if args.dry_run:
+                    place = folder / slug(name)
+                    print(pipeline.plan(config, place, args.data_root, device, False))
+                    continue
                 metrics, _ = pipeline.run_one(
                     config, folder / slug(name), args.data_root, device, download=args.download
                 )
                 print(f"{name}, {category} seed {seed}: AUROC {metrics['auroc']:.4f}", flush=True)
                 write_tables(folder)
-    print((folder / "results.md").read_text(encoding="utf-8"))
+    if not args.dry_run:
+        print((folder / "results.md").read_text(encoding="utf-8"))
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, experiment_folder, recipe_values
+from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder, recipe_values
 from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError, describe, guard, leaving_at_once
 
@@ -30,6 +30,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
     parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
+    add_dry_run(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
@@ -63,6 +64,12 @@ def main(argv=None) -> int:
         raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
     device = pipeline.use_device(args.device)
     experiment.check_recipe(folder, pipeline.resolved(base, device))
+
+    if args.dry_run:
+        print(pipeline.resolved(base, device).to_json() + "would:")
+        for config in jobs:
+            print(" ", pipeline.plan(config, folder, args.data_root, device, args.force))
+        return 0
 
     failed, waiting, others = {}, deque(jobs), 0
     with tqdm(total=len(jobs) * base.steps, unit="step", disable=None) as bar:

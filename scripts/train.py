@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, experiment_folder
+from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder
 from ganomaly.config import resolve
 from ganomaly.errors import guard, leaving_at_once
 
@@ -19,6 +19,7 @@ def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
+    add_dry_run(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
@@ -29,6 +30,10 @@ def main(argv=None) -> int:
         from ganomaly import pipeline, results
 
     device = pipeline.use_device(args.device)
+    if args.dry_run:
+        print(pipeline.resolved(config, device).to_json() + "would: ", end="")
+        print(pipeline.plan(config, folder, args.data_root, device, args.force))
+        return 0
     metrics, trained = pipeline.run_one(
         config, folder, args.data_root, device, force=args.force, download=args.download
     )

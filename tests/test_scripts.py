@@ -627,6 +627,30 @@ def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):
     )
 
 
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(script, parts, fifteen, tmp_path):
+    words = train_words(parts, tmp_path)
+    code, out, _ = script("train", *words, "--dry-run")
+    folder = folder_of(tmp_path)
+    assert code == 0 and f"would: {folder}: train 6 steps" in out and '"latent_dim": 8' in out
+    assert not folder.exists()
+    code, _, err = script("train", *train_words(parts, tmp_path, category="prats"), "--dry-run")
+    assert code == 2 and "prats" in one_line_error(err) and "categories there: parts" in err
+    script("train", *words)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "finished, left alone" in script("train", *words, "--dry-run")[1]
+    assert "train 6 steps anew" in script("train", *words, "--dry-run", "--force")[1]
+    (folder / "metrics.json").rename(tmp_path / "aside")
+    assert "go on from its checkpoint" in script("train", *words, "--dry-run")[1]
+    assert script("train", *words, "--dry-run", "--steps=9")[0] == 2
+    (tmp_path / "aside").rename(folder / "metrics.json")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    words = benchmark_words(fifteen, tmp_path / "b", "--categories", "tile", "wood", "--dry-run")
+    code, out, _ = script("benchmark", *words)
+    assert code == 0 and out.count("train 6 steps") == 2 and not (tmp_path / "b").exists()
+    code, out, _ = script("ablate", *words, "--seeds", "1", "--only", "base", "no encoder loss")
+    assert code == 0 and out.count("train 6 steps") == 4 and not (tmp_path / "b").exists()
+
+
 # Several processes
 
 
@@ -863,6 +887,13 @@ def test_predict_refuses_what_is_not_there(script, parts, tmp_path):
     for path, words in ((tmp_path / "none", "no such image"), (tmp_path / "empty", "no images")):
         code, out, err = script("predict", "--model", model, "--images", path)
         assert code == 2 and words in one_line_error(err) and out == ""
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "scripts").glob("*.py")))
+def test_help_fits_a_screen(script, capsys, name):
+    with pytest.raises(SystemExit):
+        script(name, "--help")
+    assert len(capsys.readouterr().out.splitlines()) < 61
 
 
 def test_help_needs_no_torch_and_lists_every_field(script):
