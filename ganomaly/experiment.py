@@ -148,7 +148,7 @@ class Run:
 
     @torch.no_grad()
     def preview(self, step: int, networks: dict, scale: float | None) -> None:
-        """Reconstructions to TensorBoard; a row of curve.csv, which nothing is chosen by."""
+        """TensorBoard's pictures and latents; a row of curve.csv, which nothing is chosen by."""
         if self.look is not None:
             aurocs = self.look(networks, scale)
             row = {"step": step, **{name: f"{value:.6g}" for name, value in aurocs.items()}}
@@ -161,9 +161,11 @@ class Run:
         generator = networks["generator"].eval()  # the running average, which never trains
         device = next(generator.parameters()).device
         x = to_input(self.preview_images, device, scale)
-        x_hat = generator(x)[1]
+        z, x_hat, z_hat = generator(x)
         with naming(self.folder):
             self.board.add_image("reconstructions", panel(x, x_hat), step)
+            self.board.add_histogram("latent/z", z, step)
+            self.board.add_histogram("latent/z - z_hat", z - z_hat, step)
             self.board.flush()
 
     # Results

@@ -24,6 +24,7 @@ from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked
+from ganomaly.training import NAMES
 
 from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category
 
@@ -95,6 +96,23 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert (tmp_path / "local/results.csv").is_file() and not (
         tmp_path / "local/config.json"
     ).exists()
+
+
+def test_tensorboard_has_losses_pictures_histograms_and_the_config(script, parts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = train_words(parts, tmp_path, "--steps=100", "--checkpoint-every=50")
+    assert script("train", *words)[0] == 0
+    events = EventAccumulator(str(folder_of(tmp_path)), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    assert {f"loss/{name}" for name in NAMES} | {"speed/images_per_second"} == set(tags["scalars"])
+    assert [e.step for e in events.Scalars("loss/contextual")] == [50, 100]
+    assert [e.step for e in events.Images("reconstructions")] == [50, 100]
+    kinds = ("calibration", "good", "defective")
+    scores = {f"{score}/{kind}" for score in Config().scores for kind in kinds}
+    assert set(tags["histograms"]) == scores | {"latent/z", "latent/z - z_hat"}
+    (config,) = events.Tensors("config/text_summary")
+    assert b'"latent_dim": 8' in config.tensor_proto.string_val[0]
 
 
 def test_a_finished_run_is_left_alone_until_forced(script, parts, tmp_path):
