@@ -25,10 +25,13 @@ SCORES = (
 # What a dataset changes of the defaults below. The small ones follow the paper's protocol: 32 px,
 # and for MNIST and CIFAR-10 the 15 epochs of batch 64 of the released code, as steps.
 DATASET_DEFAULTS: dict[str, dict] = {
-    "digits": dict(category="0", image_size=32, channels=1, width=32, batch_size=32, steps=600),
+    "digits": dict(
+        category="0", image_size=32, channels=1, width=32, batch_size=32, steps=600,
+        checkpoint_every=200,
+    ),
     "mnist": dict(image_size=32, channels=1, batch_size=64, steps=11_800),
     "cifar10": dict(image_size=32, batch_size=64, steps=10_100),
-}
+}  # fmt: skip
 
 
 def knob(default, help: str, *, low=None, high=None, above=None, below=None, choices=None):
