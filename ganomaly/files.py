@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -93,9 +94,12 @@ def write_torch(path: Path, state: dict) -> None:
 
 
 def read_torch(path: Path) -> dict:
-    """Tensors, numbers, text; ValueError for no archive, or a pickle that would run code."""
+    """Tensors, numbers, text; ValueError for a damaged archive, or a pickle that would run code."""
     content = io.BytesIO(path.read_bytes())
     try:
+        if damaged := zipfile.ZipFile(content).testzip():  # torch reads past a flipped bit
+            raise ValueError(f"{damaged} is damaged")
+        content.seek(0)
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever other bytes make torch raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None

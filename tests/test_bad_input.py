@@ -1,0 +1,245 @@
+"""Tables of what people and disks do to files: each row is one row or one line, never a traceback.
+
+What is wrong with values, flags and models stands in test_config, test_scripts and test_scoring.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganomaly import pipeline
+from ganomaly.config import Config
+
+from .conftest import TINY, draw_category
+from .test_scripts import folder_of, numbers, one_line_error, train_words
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is not to be changed, and the root of its images."""
+    root = tmp_path_factory.mktemp("bad")
+    draw_category(root / "images" / "parts")
+    config = Config(dataset="folder", category="parts", **TINY)
+    pipeline.run_one(config, root / "local", root / "images", pipeline.use_device("cpu"))
+    return root
+
+
+def bytes_of(kind: str, mode: str = "RGB", size=(40, 40), **save) -> bytes:
+    rng = np.random.default_rng(0)
+    buffer, image = io.BytesIO(), Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    image.resize(size).convert(mode).save(buffer, kind, **save)
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, without the pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+
+
+def animation(kind: str) -> bytes:
+    frames = [Image.new("RGB", (40, 40), (i * 60, 0, 0)) for i in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def tiff_of(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "tiff")
+    return buffer.getvalue()
+
+
+def exif_garbage() -> bytes:
+    return bytes_of("jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0")
+
+
+RAMP = np.arange(1600).reshape(40, 40)
+# name, content, what its row says: a part of the reason, or None where it is read
+IMAGES = [
+    ("zero.png", b"", "empty file"),
+    ("zero.jpg", b"", "empty file"),
+    ("text.png", b"hello", "not an image"),
+    ("page.jpg", b"<!doctype html><title>404</title>", "not an image"),
+    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    ("nulls.bmp", bytes(5000), "not an image"),
+    ("magic.png", b"\x89PNG\r\n\x1a\n", "not an image"),
+    ("magic.jpg", b"\xff\xd8\xff\xe0", "not an image"),
+    ("cut.png", bytes_of("png")[:900], "truncated"),
+    ("cut.jpg", bytes_of("jpeg")[:900], "truncated"),
+    ("cut.bmp", bytes_of("bmp")[:900], "truncated"),
+    ("cut.tif", bytes_of("tiff", compression="tiff_lzw")[:900], ""),
+    ("cut.webp", bytes_of("webp")[:300], ""),
+    ("head.png", bytes_of("png")[:33], ""),
+    ("crc.png", bytes_of("png").replace(b"IDAT", b"IDAX", 1), ""),
+    ("bomb.png", png_of_size(60_000, 60_000), "exceeds limit"),
+    ("wide.png", png_of_size(2**31 - 1, 1), ""),
+    ("nothing.png", png_of_size(0, 0), ""),
+    ("float.tif", tiff_of(RAMP.astype(np.float32)), "floating-point"),
+    ("deep.tif", tiff_of((RAMP * 100_000).astype(np.int32)), "32-bit"),
+    ("negative.tif", tiff_of(RAMP.astype(np.int32) - 800), "32-bit"),
+    ("sixteen.tif", tiff_of((RAMP * 40).astype(np.uint16)), None),
+    ("sixteen.png", bytes_of("png", "I;16"), None),
+    ("one.png", bytes_of("png", size=(1, 1)), None),
+    ("line.png", bytes_of("png", size=(3000, 1)), None),
+    ("column.jpg", bytes_of("jpeg", size=(1, 3000)), None),
+    ("print.jpg", bytes_of("jpeg", "CMYK"), None),
+    ("grey.jpg", bytes_of("jpeg", "L"), None),
+    ("bits.png", bytes_of("png", "1"), None),
+    ("palette.png", bytes_of("png", "P", transparency=0), None),
+    ("alpha.png", bytes_of("png", "RGBA"), None),
+    ("lossy.webp", bytes_of("webp"), None),
+    ("moving.webp", animation("webp"), None),
+    ("moving.png", animation("png"), None),
+    ("really_a_jpeg.png", bytes_of("jpeg"), None),
+    ("really_a_gif.png", animation("gif"), None),
+    ("UPPER.PNG", bytes_of("png"), None),
+    ("with space.png", bytes_of("png"), None),
+    ("'quotes\".png", bytes_of("png"), None),
+    ("new\nline.png", bytes_of("png"), None),
+    ("comma, semicolon;.png", bytes_of("png"), None),
+    ("-flag.png", bytes_of("png"), None),
+    ("\u6587\u5b57 \u00e9.png", bytes_of("png"), None),
+    (os.fsdecode(b"latin\xe9.png"), bytes_of("png"), None),
+    ("a" * 200 + ".png", bytes_of("png"), None),
+    ("trailing.png", bytes_of("png") + b"more", None),
+    ("turned.jpg", exif_garbage(), None),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # as images.py does outside of pytest
+def test_every_image_is_a_row_whatever_is_in_it(script, finished, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, content, _ in IMAGES:
+        (folder / name).write_bytes(content)
+    # What is no file of ours is passed over: links that lead nowhere or in a circle, pipes, folders
+    (folder / "dangling.png").symlink_to(folder / "gone.png")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    (folder / "up").symlink_to(folder)
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / ".hidden.png").write_bytes(b"")
+    output, model = tmp_path / "out.csv", folder_of(finished) / "model.pt"
+    words = ["--model", model, "--images", folder, "--output", output]
+    code, _, err = script("predict", *words)
+    assert code == 1 and "Traceback" not in err and f"{len(IMAGES)} images" in err
+    with open(output, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = {row["path"].removeprefix(f"{folder}/"): row for row in csv.DictReader(file)}
+    assert rows.keys() == {name for name, *_ in IMAGES}
+    for name, _, reason in IMAGES:
+        if reason is None:
+            assert float(rows[name]["score"]) >= 0, name
+        else:
+            assert rows[name]["verdict"].startswith("unreadable: "), name
+            assert reason in rows[name]["verdict"] and "\n" not in rows[name]["verdict"], rows[name]
+    # The same ones to train on: one line that names each
+    bad = [name for name, _, reason in IMAGES if reason is not None]
+    (tmp_path / "parts" / "train").mkdir(parents=True)
+    shutil.copytree(finished / "images/parts/train/good", tmp_path / "parts/train/good")
+    for name, content, _ in IMAGES:
+        (tmp_path / "parts/train/good" / name).write_bytes(content)
+    code, _, err = script("train", *train_words(tmp_path, tmp_path / "runs"))
+    line = next(x for x in err.splitlines() if x.startswith("error: "))
+    assert code == 2 and f"{len(bad)} images cannot be read" in line
+    assert all(name in line for name in bad) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_that_may_not_be_read_is_told(script, finished, tmp_path):
+    path = tmp_path / "mine.png"
+    path.write_bytes(bytes_of("png"))
+    path.chmod(0)
+    code, out, _ = script("predict", "--model", folder_of(finished) / "model.pt", "--images", path)
+    assert code == 1 and "Permission denied" in out
+
+
+def cut(path, n=100):
+    path.write_bytes(path.read_bytes()[:n])
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def foreign(path):
+    torch.save({"step": 3, "weights": torch.zeros(3)}, path)
+
+
+# What is done to a finished run's folder; the command; what is said (None: done without a word)
+DAMAGES = [
+    ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
+    ("metrics a list", lambda f: (f / "metrics.json").write_text("[1]"), "train", "not a complete"),
+    ("metrics empty", lambda f: cut(f / "metrics.json", 0), "evaluate", "not a complete"),
+    ("metrics gone", lambda f: (f / "metrics.json").unlink(), "train", None),
+    ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
+    ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
+    ("model cut", lambda f: cut(f / "model.pt"), "evaluate", "not a model.pt"),
+    ("model foreign", lambda f: foreign(f / "model.pt"), "evaluate", "not a model.pt"),
+    ("scores gone", lambda f: (f / "scores.csv").unlink(), "evaluate", None),
+    ("scores edited", lambda f: cut(f / "scores.csv"), "evaluate", None),
+    ("config cut", lambda f: cut(f / "config.json"), "train", "not a JSON config"),
+    ("config of another version", lambda f: edit(f / "config.json", depth=3), "train", "depth"),
+    ("config edited", lambda f: edit(f / "config.json", lr=0.5), "train", "lr (0.5 there"),
+    ("config gone", lambda f: (f / "config.json").unlink(), "train", "no such config"),
+    ("log cut", lambda f: cut(f / "log.jsonl", 7), "train", None),
+    ("curve cut", lambda f: cut(f / "curve.csv", 9), "train", None),
+]  # fmt: skip
+# What is done to an unfinished run's checkpoint: set aside with a warning, or taken as it is
+CHECKPOINTS = [
+    ("empty", lambda p: p.write_bytes(b"")),
+    ("cut", lambda p: cut(p, 3000)),
+    ("text", lambda p: p.write_text("hello")),
+    ("a bit flipped", lambda p: p.write_bytes(flipped(p.read_bytes()))),
+    ("foreign", foreign),
+    ("a list", lambda p: torch.save([1, 2, 3], p)),
+]
+
+
+def flipped(content: bytes) -> bytes:
+    """In the middle of the weights."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("name, damage, command, told", DAMAGES, ids=[row[0] for row in DAMAGES])
+def test_a_damaged_run_is_mended_or_told(script, finished, tmp_path, name, damage, command, told):
+    shutil.copytree(finished / "local", tmp_path / "local")
+    folder, whole = folder_of(tmp_path), numbers(folder_of(finished))
+    damage(folder)
+    code, _, err = script(command, *train_words(finished / "images", tmp_path))
+    assert "Traceback" not in err
+    if told is None:
+        assert code == 0, err
+        assert numbers(folder) == whole
+    else:
+        assert code == 2 and told in one_line_error(err)
+
+
+@pytest.mark.parametrize("name, damage", CHECKPOINTS, ids=[row[0] for row in CHECKPOINTS])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(
+    script, finished, tmp_path, name, damage
+):
+    shutil.copytree(finished / "local", tmp_path / "local")
+    folder, whole = folder_of(tmp_path), numbers(folder_of(finished))
+    (folder / "model.pt").unlink()
+    (folder / "metrics.json").unlink()
+    damage(folder / "last.pt")
+    code, _, err = script("train", *train_words(finished / "images", tmp_path))
+    assert code == 0 and "last.pt is damaged; set aside as last.damaged.pt" in err
+    assert (folder / "last.damaged.pt").is_file() and numbers(folder) == whole
