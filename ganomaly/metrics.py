@@ -68,7 +68,8 @@ def controls(train: np.ndarray, test: np.ndarray, labels: np.ndarray) -> dict[st
     """
     train, test = train.reshape(len(train), -1), test.reshape(len(test), -1)
     distance = ((test - train.mean(axis=0)) ** 2).sum(axis=1)
-    pca = PCA(min(40, len(train) - 1, train.shape[1]), random_state=0).fit(train)
+    with np.errstate(invalid="ignore"):  # of identical images: shares of no variance, not used
+        pca = PCA(min(40, len(train) - 1, train.shape[1]), random_state=0).fit(train)
     residual = test - pca.inverse_transform(pca.transform(test))
     return {
         "auroc_brightness": brightness(test, labels),

@@ -243,3 +243,39 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(
     code, _, err = script("train", *train_words(finished / "images", tmp_path))
     assert code == 0 and "last.pt is damaged; set aside as last.damaged.pt" in err
     assert (folder / "last.damaged.pt").is_file() and numbers(folder) == whole
+
+
+def flat(level: int) -> np.ndarray:
+    return np.full((40, 40, 3), level, np.uint8)
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+
+
+# Images to train on, good and defective ones to test
+ODD_SETS = {
+    "all black": ([flat(0)] * 24, [flat(0)] * 4, [flat(0)] * 4),
+    "constant": ([flat(90)] * 24, [flat(90)] * 4, [flat(200)] * 4),
+    "identical": ([noise(0)] * 24, [noise(0)] * 4, [noise(i) for i in range(1, 5)]),
+    "one of each": ([noise(i) for i in range(24)], [noise(30)], [flat(0)]),
+}
+OURS = ["--normalise=exposure", "--corrupted=0.5", "--comparator-width=4", "--score=calibrated"]
+
+
+@pytest.mark.parametrize("more", [[], OURS], ids=["paper", "calibrated"])
+@pytest.mark.parametrize("name", ODD_SETS)
+def test_odd_sets_have_defined_results_and_no_warning(script, tmp_path, name, more):
+    for place, arrays in zip(("train/good", "test/good", "test/bad"), ODD_SETS[name]):
+        folder = tmp_path / "images" / "parts" / place
+        folder.mkdir(parents=True)
+        for i, array in enumerate(arrays):
+            Image.fromarray(array).save(folder / f"{i:03}.png")
+    code, out, err = script("train", *train_words(tmp_path / "images", tmp_path, *more))
+    assert code == 0 and "nan" not in out.lower() and "Warning" not in err, err
+    metrics, scores = numbers(folder_of(tmp_path))
+    figures = [v for v in metrics.values() if type(v) in (int, float)]
+    assert np.isfinite([*figures, *metrics["scores"].values()]).all() and "nan" not in scores
+    if name == "all black":  # nothing to tell them apart by
+        assert set(metrics["scores"].values()) == {0.5}
+        assert metrics["auroc"] == metrics["auroc_pca"] == metrics["auroc_brightness"] == 0.5
