@@ -186,13 +186,14 @@ def load_folder(config: Config, root: Path) -> Category:
                     "add some, or take test/ away to train and calibrate only"
                 )
     note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
-    paths = train + [path for path, _ in test]
-    pixels = read_images(paths, config.image_size, config.channels)
     kept, held_out = split_calibration(len(train), config)
+    # In the order in which they are cut apart, so that no part is a copy
+    paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
+    pixels = read_images(paths, config.image_size, config.channels)
     return Category(
         name=category_name(config, root),
-        train=pixels[kept],
-        calibration=pixels[held_out],
+        train=pixels[: len(kept)],
+        calibration=pixels[len(kept) : len(train)],
         test=pixels[len(train) :],
         test_labels=np.array([int(defect != "good") for _, defect in test], dtype=np.int64),
         test_defects=[defect for _, defect in test],

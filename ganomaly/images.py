@@ -86,8 +86,41 @@ def decode(paths: list[Path], image_size: int, channels: int):
             pool.shutdown(cancel_futures=True)
 
 
+def free_memory() -> int | None:
+    """Bytes that this process may still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:  # a container's limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
+
+
+def check_memory(n: int, image_size: int, channels: int) -> None:
+    """UserError where n decoded images do not fit into memory, before an hour of decoding."""
+    needed, free = n * channels * image_size**2, free_memory()
+    if free is None or needed <= free:
+        return
+    fitting = image_size
+    while n * channels * fitting**2 > free and fitting > 32:
+        fitting //= 2
+    mends = [f"--image-size {fitting} takes {n * channels * fitting**2 / 1e9:.1f}"]
+    if channels > 1:
+        mends.append("--channels 1 a third of either")
+    raise UserError(
+        f"{n} images of {channels} x {image_size} x {image_size} take {needed / 1e9:.1f} GB of "
+        f"memory, {free / 1e9:.1f} GB are free; {', '.join(mends)}"
+    )
+
+
 def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
     """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
+    check_memory(len(paths), image_size, channels)
     pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
     bad = []
     results = decode(paths, image_size, channels)

@@ -1,3 +1,4 @@
+import os
 import struct
 import warnings
 
@@ -467,3 +468,31 @@ def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
     assert len(data.load(config, tmp_path / "parts").train) == 10
     with pytest.raises(UserError, match="no folder"):
         data.load(resolve({"category": "bottle"}), tmp_path / "parts" / "test")
+
+
+def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypatch):
+    monkeypatch.setattr(images, "decode", None)
+    config = folder(image_size=256)
+    needed = (24 + 9) * 3 * 256 * 256
+    monkeypatch.setattr(images, "free_memory", lambda: needed - 1)
+    with pytest.raises(UserError) as error:
+        data.load(config, parts)
+    told = "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; --image-size 128"
+    assert told in str(error.value) and "--channels 1" in str(error.value)
+    monkeypatch.setattr(images, "free_memory", lambda: needed)
+    with pytest.raises(TypeError):  # it goes on to decode
+        data.load(config, parts)
+
+
+def test_free_memory_is_what_the_system_says():
+    free = images.free_memory()
+    if free is None:
+        pytest.skip("this system does not say")
+    assert 10**7 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_no_part_of_a_category_is_a_copy(parts):
+    c = data.load(folder(), parts)
+    assert (
+        len({part.untyped_storage().data_ptr() for part in (c.train, c.calibration, c.test)}) == 1
+    )
