@@ -24,30 +24,36 @@ DRAWN = 128  # largest side that they are drawn at, pixels
 class Corruption:
     """Corrupts batches of float images in [-1, 1]; state_dict() holds its place in the stream.
 
-    images: uint8 (n, C, S, S), normal images to paste from; scale: to_input's.
+    images: uint8 (n, C, S, S), normal images to paste from, on the device or, a large set, on the
+    host; scale: to_input's; device: of the batches.
     """
 
-    def __init__(self, images: Tensor, config: Config, scale: float | None):
-        self.images, self.scale = images, scale
-        self.rng = torch.Generator().manual_seed(config.seed)
+    def __init__(self, images: Tensor, config: Config, scale: float | None, device: torch.device):
+        self.images, self.scale, self.device = images, scale, device
+        # Sizes are drawn on the host, pixels on the device, so that no step waits for a GPU
+        self.host = self.rng = torch.Generator().manual_seed(config.seed)
+        if device.type != "cpu":
+            self.rng = torch.Generator(device).manual_seed(config.seed)
         size = config.image_size
-        masks = torch.stack([draw_mask(min(size, DRAWN), self.rng) for _ in range(MASKS)])[:, None]
+        masks = torch.stack([draw_mask(min(size, DRAWN), self.host) for _ in range(MASKS)])[:, None]
         if size > DRAWN:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
-        self.masks = masks.to(images.device)
+        self.masks = masks.to(device)
         # Grey images stay grey: a colour cast would give the corrupted ones away.
-        some = to_input(images[:256], images.device, self.scale)
+        some = to_input(images[:256], device, self.scale)
         self.chroma = float((some - some.mean(1, keepdim=True)).std())
 
     def draws(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.rng).to(self.images.device)
+        return torch.rand(*shape, generator=self.rng, device=self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.rng, device=self.device)
 
     def whole(self, low: int, high: int, n: int) -> Tensor:
-        return torch.randint(low, high, (n,), generator=self.rng).to(self.images.device)
+        return torch.randint(low, high, (n,), generator=self.rng, device=self.device)
 
     def colour(self, like: Tensor) -> Tensor:
-        cast = torch.randn(*like.shape[:2], 1, 1, generator=self.rng)
-        return self.chroma * cast.to(like.device)
+        return self.chroma * self.normal(*like.shape[:2], 1, 1)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
         """Each image transposed or not, mirrored or not, and rolled by up to reach S."""
@@ -78,8 +84,8 @@ class Corruption:
         alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
         # A piece of another image or of itself
-        other = self.images[self.whole(0, len(self.images), n)]
-        other = to_input(other, x.device, self.scale)
+        other = self.images[self.whole(0, len(self.images), n).to(self.images.device)]
+        other = to_input(other, self.device, self.scale)
         piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))
         piece = piece + 0.4 * self.draws(n, 1, 1, 1) - 0.2 + 0.3 * self.colour(x)
@@ -88,9 +94,9 @@ class Corruption:
         shade = x * (1 - 0.3 * self.draws(n, 1, 1, 1)) + 0.5 * self.colour(x)
         shade = shade + sign * (0.12 + self.draws(n, 1, 1, 1).square())
         # A flat colour with some texture
-        cells = int(2 * (size / 2) ** float(self.draws(1)))
-        noise = torch.randn(n, 1, cells, cells, generator=self.rng).to(x.device)
-        texture = F.interpolate(noise, size=(size, size), mode="bilinear")
+        cells = int(2 * (size / 2) ** float(torch.rand(1, generator=self.host)))
+        texture = self.normal(n, 1, cells, cells)
+        texture = F.interpolate(texture, size=(size, size), mode="bilinear")
         flat = 2 * self.draws(n, 1, 1, 1) - 1 + 0.3 * self.draws(n, 1, 1, 1) * texture
         flat = flat + self.colour(x)
 
@@ -105,10 +111,11 @@ class Corruption:
         return corrupted, mask[:, 0] * (seen > 0.04).float()[:, None, None]
 
     def state_dict(self) -> dict:
-        return {"rng": self.rng.get_state()}
+        return {"host": self.host.get_state(), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rng.set_state(state["rng"].cpu())
+        self.host.set_state(state["host"])
+        self.rng.set_state(state["rng"])
 
 
 def draw_mask(size: int, rng: torch.Generator) -> Tensor:

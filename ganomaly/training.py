@@ -77,7 +77,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     }  # fmt: skip
     corruption, n = None, config.n_corrupted
     if n:
-        parts["corruption"] = corruption = Corruption(batches.images, config, scale)
+        parts["corruption"] = corruption = Corruption(batches.images, config, scale, device)
     if comparator is not None:
         optimizer_c = torch.optim.Adam(comparator.parameters(), lr=LR_COMPARATOR, fused=True)
         parts["optimizer_c"] = optimizer_c

@@ -29,7 +29,7 @@ def test_regions_are_of_all_kinds_and_sizes_and_never_nothing(size):
 
 def test_only_the_region_changes_and_the_mask_is_where(monkeypatch):
     pixels = images(40)
-    corruption = Corruption(pixels, config(), None)
+    corruption = Corruption(pixels, config(), None, CPU)
     x = to_input(pixels, CPU)
     before = x.clone()
     corrupted, mask = corruption(x)
@@ -45,7 +45,7 @@ def test_only_the_region_changes_and_the_mask_is_where(monkeypatch):
 
 def test_a_change_too_small_to_see_is_not_marked():
     pixels = torch.full((8, 3, 32, 32), 100, dtype=torch.uint8)
-    corruption = Corruption(pixels, config(), None)
+    corruption = Corruption(pixels, config(), None, CPU)
     x = to_input(pixels, CPU)
     for _ in range(20):
         corrupted, mask = corruption(x)
@@ -59,7 +59,7 @@ def test_a_change_too_small_to_see_is_not_marked():
 def test_grey_images_stay_grey_and_coloured_ones_do_not():
     for grey in (True, False):
         pixels = images(16, grey=grey)
-        corrupted, _ = Corruption(pixels, config(), None)(to_input(pixels, CPU))
+        corrupted, _ = Corruption(pixels, config(), None, CPU)(to_input(pixels, CPU))
         spread = (corrupted - corrupted.mean(1, keepdim=True)).abs().max()
         assert (spread < 1e-6) == grey
 
@@ -67,7 +67,7 @@ def test_grey_images_stay_grey_and_coloured_ones_do_not():
 def test_large_images_have_regions_of_the_same_share():
     shares = []
     for size in (128, 256):
-        corruption = Corruption(images(2, size), config(size), None)
+        corruption = Corruption(images(2, size), config(size), None, CPU)
         assert corruption.masks.shape == (600, 1, size, size)
         shares.append((corruption.masks > 0.3).float().mean((1, 2, 3)))
     assert (shares[0] - shares[1]).abs().max() < 0.01
@@ -76,7 +76,7 @@ def test_large_images_have_regions_of_the_same_share():
 def test_the_stream_goes_on_from_its_state():
     pixels = images()
     x = to_input(pixels, CPU)
-    first, again, other = (Corruption(pixels, config(seed=seed), None) for seed in (1, 1, 2))
+    first, again, other = (Corruption(pixels, config(seed=seed), None, CPU) for seed in (1, 1, 2))
     first(x)
     state = first.state_dict()
     expected = first(x)
@@ -87,7 +87,7 @@ def test_the_stream_goes_on_from_its_state():
 
 def test_moved_keeps_the_pixels_of_every_image():
     pixels = images(6)
-    corruption = Corruption(pixels, config(), None)
+    corruption = Corruption(pixels, config(), None, CPU)
     x = to_input(pixels, CPU)
     moved = corruption.moved(x, 0.5)
     assert not torch.equal(moved, x)
