@@ -283,9 +283,13 @@ def rebuild_results(experiment: Path) -> None:
     recipes = [recipe_of(configuration.load(path.with_name("config.json"))) for path in found]
     alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
     looks: dict[str, list] = {}
-    for path in sorted(experiment.glob("*/seed*/curve.csv")):
-        looks.setdefault(path.parent.parent.name, []).append(curves.read(path))
+    best = {}  # an oracle: what choosing the checkpoint on the test set would have given
+    for path, m in sorted(found.items()):
+        if looked := curves.read(path.with_name("curve.csv")):
+            looks.setdefault(path.parent.parent.name, []).append(looked)
+            if m["score"] in looked:
+                best[m["category"], m["seed"]] = max(looked[m["score"]].values())
     if looks:
         write_atomic(experiment / "curves.svg", curves.svg(experiment.name, looks))
     write_atomic(experiment / "results.csv", results_csv(runs, alike))
-    write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike))
+    write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike, best))

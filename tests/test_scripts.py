@@ -115,6 +115,28 @@ def test_tensorboard_has_losses_pictures_histograms_and_the_config(script, parts
     assert b'"latent_dim": 8' in config.tensor_proto.string_val[0]
 
 
+def test_the_table_names_the_best_checkpoint_an_oracle(script, parts, tmp_path):
+    words = [
+        "--recipe=digits",
+        "--dataset=folder",
+        "--data-root",
+        parts,
+        "--experiment=x",
+        "--seeds",
+    ]
+    words += ["1", "2", "--experiments-dir", tmp_path, *TINY_FLAGS, "--checkpoint-every=2"]
+    code, out, err = script("benchmark", *words)
+    assert code == 0, err
+    best = []
+    for seed in (1, 2):
+        with open(folder_of(tmp_path, seed=seed, name="x") / "curve.csv") as file:
+            best.append(max(float(row["latent"]) for row in csv.DictReader(file)))
+    cells = [line for line in out.splitlines() if line.startswith(("| category", "| parts"))]
+    titles, row = (line.split(" | ") for line in cells[:2])
+    told = row[titles.index("AUROC of the best checkpoint (oracle)")]
+    assert told == f"{np.mean(best):.3f} ± {np.std(best, ddof=1):.3f}"
+
+
 def test_a_finished_run_is_left_alone_until_forced(script, parts, tmp_path):
     words = train_words(parts, tmp_path)
     assert script("train", *words)[0] == 0
