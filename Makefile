@@ -15,9 +15,8 @@ lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
 	$(error make $@ takes CATEGORY= and SEED=, make benchmark the lists CATEGORIES= and SEEDS=))
 config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
 
-# Processes that share the work; one that dies is started again, and the runs go on
-launch = $(if $(WORKERS),OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone \
-	--nproc-per-node "$(WORKERS)" --max-restarts 3,$(PYTHON))
+words_of_benchmark = scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
+	$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
 
 .DEFAULT_GOAL := help
 .PHONY: help download train benchmark ablate evaluate predict export report board speed test torture
@@ -36,9 +35,12 @@ download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=m
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
 	$(lists)@$(PYTHON) scripts/train.py $(config) $(which) $(place)
 
+# With WORKERS torchrun starts that many processes, which share the runs; where one dies all start
+# again and go on. What none of them could do is then told once, by the exit code too.
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT= WORKERS=
-	@$(launch) scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
-		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+	@$(if $(WORKERS),$(PYTHON) $(words_of_benchmark) --dry-run >/dev/null && OMP_NUM_THREADS=1 $(PYTHON) -m \
+		torch.distributed.run --standalone --nproc-per-node "$(WORKERS)" --max-restarts 3 \
+		$(words_of_benchmark) &&) $(PYTHON) $(words_of_benchmark)
 
 ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= EXPERIMENT= ARGS=
 	@$(PYTHON) scripts/ablate.py $(call flag,RECIPE,--recipe) $(call flag,DATASET,--dataset) \
@@ -49,7 +51,7 @@ evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= 
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
 
 predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv HEATMAPS=folder
-	@$(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
+	@set -f; $(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
 		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) \
 		$(call flag,DEVICE,--device) $(ARGS)
 

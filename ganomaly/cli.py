@@ -22,15 +22,12 @@ from ganomaly.config import (
 )
 from ganomaly.errors import UserError
 
-GROUPS = {
+GROUPS = {  # of --help; a field that stands in none of them is in "training"
     "images": ("dataset", "category", "image_size", "channels", "normalise", "corrupted"),
     "networks": ("width", "latent_dim", "extra_layers", "comparator_width"),
-    "training": (
-        "batch_size", "steps", "lr", "beta1", "ema_decay", "w_adv", "w_con", "w_enc", "amp",
-        "checkpoint_every", "threads", "seed",
-    ),
+    "training": (),
     "scores": ("score", "quantile", "calibration_fraction"),
-}  # fmt: skip
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +56,10 @@ class Parser(argparse.ArgumentParser):
         """--config and one flag a Config field, with dashes."""
         self.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         others = ", ".join(DATASET_DEFAULTS)
+        rest = FIELDS.keys() - {name for names in GROUPS.values() for name in names}
         for title, names in GROUPS.items():
+            if title == "training":
+                names = [name for name in FIELDS if name in rest]
             if title == "images":
                 title += f"; [defaults], of which {others} have some of their own"
             group = self.add_argument_group(title)

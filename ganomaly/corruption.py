@@ -84,7 +84,10 @@ class Corruption:
         alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
         # A piece of another image or of itself
-        other = self.images[self.whole(0, len(self.images), n).to(self.images.device)]
+        # Drawn where the images are
+        rng = self.rng if self.images.device == self.device else self.host
+        picked = torch.randint(len(self.images), (n,), generator=rng, device=self.images.device)
+        other = self.images[picked]
         other = to_input(other, self.device, self.scale)
         piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))

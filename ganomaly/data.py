@@ -6,6 +6,7 @@ comes from the name `good`, never from a sort order.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ganomaly.config import Config, is_name, nearest
 from ganomaly.errors import UserError
+from ganomaly.files import locked
 from ganomaly.images import SUFFIXES, image_files, note_others, read_images, to_pixels
 
 MVTEC = (
@@ -243,8 +245,10 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
-        parts = [kind(root, train=train, download=download) for train in (True, False)]
-    except (RuntimeError, ValueError, EOFError, URLError) as error:  # not there, damaged, offline
+        with locked(root, wait=True) if download else contextlib.nullcontext():
+            parts = [kind(root, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
+        # not there, damaged, offline
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
         reason = " ".join(str(error).split())
         mend = reason if download else "--download fetches it"

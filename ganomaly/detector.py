@@ -107,6 +107,8 @@ class Detector:
                 f"images are {images.dtype} of {tuple(images.shape)}; uint8 of "
                 f"(N, {c.channels}, {c.image_size}, {c.image_size}) is needed, 0 to 255"
             )
+        if not len(images):
+            return self.verdicts(torch.empty(0))
         return self.verdicts(self.scores(images)[c.score])
 
     def verdicts(self, scores: Tensor) -> Verdicts:

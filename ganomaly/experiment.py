@@ -243,8 +243,12 @@ def check_recipe(experiment: Path, config: Config) -> None:
 def write_recipe(experiment: Path, config: Config) -> None:
     """The first run of a named experiment leaves its config.json: seed 42, no category."""
     path = experiment / "config.json"
-    if experiment.name != SCRATCH and not path.is_file():
-        write_atomic(path, config.replace(category=None, seed=SEED).to_json())
+    if experiment.name == SCRATCH:
+        return
+    with locked(experiment, wait=True):
+        check_recipe(experiment, config)  # again: another process may have been faster
+        if not path.is_file():
+            write_atomic(path, config.replace(category=None, seed=SEED).to_json())
 
 
 def recipe_of(config: Config) -> Config:

@@ -7,12 +7,13 @@ import fcntl
 import io
 import json
 import os
+import secrets
 import zipfile
 from pathlib import Path
 
 import torch
 
-from ganomaly.errors import UserError
+from ganomaly.errors import UserError, describe
 
 LOCK = ".lock"  # a file of its own: network file systems lock no folders
 
@@ -25,19 +26,20 @@ class Busy(UserError):
 def locked(folder: Path, wait: bool = False):
     """Hold the folder's lock, which a process that dies does not leave behind.
 
-    Raises Busy at once where another process has it, unless `wait`. What was made for the lock goes
-    again where nothing came into it.
+    Raises Busy at once where another process has it, unless `wait`. Leaves no file, and no folder
+    that it made where nothing came into it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with naming(folder / LOCK), lock_file(folder, wait) as file:
+    with naming(folder / LOCK):
+        file = lock_file(folder, wait)
+    with file:
         try:
             yield
         finally:
-            if os.listdir(folder) == [LOCK]:
+            with contextlib.suppress(OSError):  # not empty, or somebody else came
                 os.unlink(file.name)
-                with contextlib.suppress(OSError):  # somebody else came
-                    for path in made:
-                        path.rmdir()
+                for path in made:
+                    path.rmdir()
 
 
 def lock_file(folder: Path, wait: bool):
@@ -65,7 +67,8 @@ def naming(path: Path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -74,7 +77,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's number: containers on one file system have the same ones
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
             with open(temporary, "wb") as file:
@@ -102,6 +106,8 @@ def read_torch(path: Path) -> dict:
         content.seek(0)
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever other bytes make torch raise
+        if (describe(error) or "").startswith("out of memory"):
+            raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import warnings
 from collections import Counter, deque
@@ -67,7 +68,9 @@ def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
             return to_pixels(image, image_size, channels)
     except Image.UnidentifiedImageError:
         return "empty file" if path.stat().st_size == 0 else "not an image"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError
+    ) as error:  # fmt: skip
         return getattr(error, "strerror", None) or str(error)
 
 
@@ -95,9 +98,13 @@ def free_memory() -> int | None:
         return None
     try:  # a container's limit
         group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+        limit, used, stat = (
+            (group / f"memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+        # Cached files are counted as used, and go where memory is asked for
+        cached = sum(int(x.split()[1]) for x in stat.splitlines() if x.split()[0].endswith("_file"))
+        return max(0, min(free, int(limit) - int(used) + cached))
+    except (OSError, ValueError, IndexError):
         return free
 
 

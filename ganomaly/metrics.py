@@ -6,6 +6,8 @@ means more anomalous.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics import (
@@ -50,29 +52,32 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-def brightness(images: np.ndarray, labels: np.ndarray) -> float:
-    """AUROC of the mean brightness of images (N, ...) in [0, 1]; under .5: defects are darker.
+def brightness(images: np.ndarray) -> np.ndarray:
+    """Mean brightness of images (N, ...), uint8 or float in [0, 1], in tenths of a grey level.
 
-    In tenths of a grey level: where each mean was removed, the rank of the rest would be rounding.
+    No finer: where each mean was removed, the rank of what is left would be one of rounding.
     """
     means = images.reshape(len(images), -1).mean(axis=1, dtype=np.float64)
-    return auroc(labels, np.round(255 * means, 1))
+    return np.round(means if images.dtype == np.uint8 else 255 * means, 1)
 
 
-def controls(train: np.ndarray, test: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def controls(train: np.ndarray, test: Iterable[np.ndarray], labels: np.ndarray) -> dict[str, float]:
     """AUROC of three scores that learn little or nothing, on the pixels that the network sees.
 
-    train (n, ...) without the calibration images, test (N, ...), float32: mean brightness, squared
-    distance to the mean training image, and the squared residual of a PCA of the training images
-    with min(40, n - 1) components.
+    train (n, ...) without the calibration images, test the parts of (N, ...), float32: mean
+    brightness, squared distance to the mean training image, and the squared residual of a PCA of
+    the training images with min(40, n - 1) components. Under .5 defects have the smaller values.
     """
-    train, test = train.reshape(len(train), -1), test.reshape(len(test), -1)
-    distance = ((test - train.mean(axis=0)) ** 2).sum(axis=1)
+    train = train.reshape(len(train), -1)
+    mean = train.mean(axis=0)
     with np.errstate(invalid="ignore"):  # of identical images: shares of no variance, not used
         pca = PCA(min(40, len(train) - 1, train.shape[1]), random_state=0).fit(train)
-    residual = test - pca.inverse_transform(pca.transform(test))
-    return {
-        "auroc_brightness": brightness(test, labels),
-        "auroc_mean_distance": auroc(labels, distance),
-        "auroc_pca": auroc(labels, (residual**2).sum(axis=1)),
-    }
+    rows = []
+    for part in test:
+        part = part.reshape(len(part), -1)
+        residual = part - pca.inverse_transform(pca.transform(part))
+        distance = ((part - mean) ** 2).sum(axis=1)
+        rows.append(np.stack([brightness(part), distance, (residual**2).sum(axis=1)]))
+    values = np.concatenate(rows, axis=1)
+    names = ("auroc_brightness", "auroc_mean_distance", "auroc_pca")
+    return {name: auroc(labels, scores) for name, scores in zip(names, values)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from ganomaly.results import FIGURES
 from ganomaly.training import resolve_amp, train
 
 LOOK = 1000  # test images of a kind that a look scores
+SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32
 
 
 def use_device(name: str) -> torch.device:
@@ -71,9 +73,14 @@ def plan(
     config = resolved(config, device)
     run = Run(folder, data.category_name(config, data_root), config)
     experiment.check_recipe(folder, config)
-    if config.dataset in ("mvtec", "folder") and not run.finished:
+    told = run.plan(force)
+    if run.finished and not force:
+        check_train_files(experiment.read_metrics(run.path("metrics.json")), config, data_root)
+    elif config.dataset in ("mvtec", "folder"):
         data.category_folder(config, data_root)
-    return run.plan(force)
+    else:
+        data.check_class(config)
+    return told
 
 
 def run_one(
@@ -203,8 +210,12 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     return {
         **metrics.evaluate(labels, as_numpy[config.score], threshold),
         "threshold": threshold,
-        **metrics.controls(seen(category.train, scale), seen(category.test, scale), labels),
-        "auroc_brightness_raw": metrics.brightness(category.test.numpy() / 255, labels)
+        **metrics.controls(
+            seen(category.train[:: len(category.train) // SOME + 1], scale),
+            (seen(part, scale) for part in category.test.split(SOME)),
+            labels,
+        ),
+        "auroc_brightness_raw": metrics.auroc(labels, metrics.brightness(category.test.numpy()))
         if config.normalise != "none"
         else None,
         "pixel_auroc": pixel_auroc(detector, category),
@@ -221,10 +232,17 @@ def seen(pixels: Tensor, scale: float | None) -> np.ndarray:
 
 def pixel_auroc(detector: Detector, category: Category) -> float | None:
     """AUROC of the heat maps over all test pixels, at the network's size; None without masks."""
-    if category.test_masks is None:
+    masks = category.test_masks
+    if masks is None or not masks.any():
+        if masks is not None:
+            print(
+                f"note: {category.name}: no pixel of any mask is defective at this image size "
+                "(masks are 0 and 255), so no figures of pixels",
+                file=sys.stderr,
+            )
         return None
     heat = detector.heat_maps(category.test)
-    return metrics.auroc(category.test_masks.numpy().ravel(), heat.numpy().ravel())
+    return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
 
 
 def look(
@@ -256,6 +274,8 @@ def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
 
 def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:
     """The page of an experiment, with pictures where its models and images are at hand."""
+    if not (folder / "results.md").is_file():
+        experiment.write_results(folder)
     explain = partial(explained_images, data_root=data_root, device=device)
     write_atomic(output, report.page(folder, explain))
 

@@ -121,10 +121,10 @@ def section(category: str, seeds: dict[Path, dict], explain, missing: dict) -> l
         out.append(f"<h3>{title}</h3><div class=pictures>")
         for i in chosen:
             called = "defective" if scores[i] > m["threshold"] else "normal"
+            told = f"{escape(shown(paths[i]))}: {scores[i]:.4g}, called {called}"
             out.append(
                 f'<figure><img alt="image, reconstruction, heat map" src="{inline(pictures[i])}">'
-                f"<figcaption>{escape(paths[i])}: {scores[i]:.4g}, called {called}</figcaption>"
-                "</figure>"
+                f"<figcaption>{told}</figcaption></figure>"
             )
         out.append("</div>")
     return out
@@ -135,9 +135,12 @@ def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str
     with open(run / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     labels, scores = (np.array([float(row[key]) for row in rows]) for key in ("label", score))
-    names = [row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-             for row in rows]  # fmt: skip
-    return labels, scores, names
+    return labels, scores, [row["path"] for row in rows]
+
+
+def shown(name: str) -> str:
+    """A file's name that may not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def inline(content: bytes, kind: str = "png") -> str:

@@ -92,7 +92,9 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                     part.load_state_dict(state[name])
             sums.copy_(state["sums"])
         except (KeyError, RuntimeError, ValueError):
-            raise UserError("the checkpoint is of other code; --force starts anew") from None
+            raise UserError(
+                "the checkpoint is of other code or another kind of device; --force starts anew"
+            ) from None
         step, seconds = state["step"], state["seconds"]
         run.skip(step)
 

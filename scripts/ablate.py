@@ -47,6 +47,8 @@ def main(argv=None) -> int:
     if unknown := set(args.only or ()) - set(names):
         raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
     folder = experiment_folder(args, args.experiment)
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 
     with leaving_at_once():
         from ganomaly import data, pipeline
@@ -65,6 +67,8 @@ def main(argv=None) -> int:
                 metrics, _ = pipeline.run_one(
                     config, folder / slug(name), args.data_root, device, download=args.download
                 )
+                if metrics["auroc"] is None:
+                    raise UserError(f"{category}: no test/, so nothing can be compared")
                 print(f"{name}, {category} seed {seed}: AUROC {metrics['auroc']:.4f}", flush=True)
                 write_tables(folder)
     if not args.dry_run:

@@ -47,7 +47,9 @@ def main(argv=None) -> int:
 
     one = [args.category] if args.category else None
     categories = args.categories or one or data.categories_of(base, args.data_root)
-    missing = data.missing_categories(base, categories, args.data_root, args.download)
+    missing = data.missing_categories(
+        base, categories, args.data_root, args.download and not args.dry_run
+    )
     if missing and not args.skip_missing:
         raise UserError(
             f"data of {len(missing)} of {len(categories)} categories is missing "
@@ -104,17 +106,19 @@ def main(argv=None) -> int:
             bar.n = bar.last_print_n = number * base.steps  # also where a run stopped half way
             bar.refresh()
 
-    # Of several processes of a launcher one tells the end; none gets here before all is done
-    if (table := folder / "results.md").is_file() and os.environ.get("RANK", "0") == "0":
-        print(table.read_text(encoding="utf-8"))
-        pipeline.write_report(folder, folder / "report.html", args.data_root, device)
-        print(f"written {folder / 'report.html'}")
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
+    # Of a launcher's processes one tells the end; none gets here before all is done
+    if (table := folder / "results.md").is_file() and os.environ.get("RANK", "0") == "0":
+        print(table.read_text(encoding="utf-8"))
+        pipeline.write_report(folder, folder / "report.html", args.data_root, device)
+        print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    code = guard(main)
+    # torchrun would start all workers again, which mends neither a refusal nor an unreadable image
+    sys.exit(0 if code in (1, 2) and "TORCHELASTIC_RUN_ID" in os.environ else code)

@@ -5,6 +5,7 @@ the source, the bytes have to be the authors'.
 """
 
 import hashlib
+import http.client
 import shutil
 import sys
 import tarfile
@@ -37,6 +38,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     root = args.data_root
     from ganomaly.data import MVTEC
+    from ganomaly.files import locked
 
     missing = [name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
     if not missing:
@@ -51,23 +53,29 @@ def main(argv=None) -> int:
         "CC BY-NC-SA 4.0, not for commercial use",
         file=sys.stderr,
     )
-    root.mkdir(parents=True, exist_ok=True)
-    local = Path(args.url.removeprefix("file://"))
-    if "://" not in args.url or args.url.startswith("file://"):
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
+    with locked(root):
+        return add(root, missing, args.url)
+
+
+def add(root: Path, missing: list[str], url: str) -> int:
+    local = Path(url.removeprefix("file://"))
+    if "://" not in url or url.startswith("file://"):
         if not local.is_file():
-            raise UserError(f"--url {args.url}: no such file")
+            raise UserError(f"--url {url}: no such file")
         verify(local, keep=True)
         unpack(local, root, missing)
     else:
         archive = root / ".mvtec_anomaly_detection.tar.xz"
         if not archive.is_file():
             part = archive.with_name(archive.name + ".part")
-            fetch(args.url, part)
+            fetch(url, part)
             verify(part, keep=False)
             part.rename(archive)  # verified: a killed unpacking needs no second download
         unpack(archive, root, missing)
         archive.unlink()
-    print(f"{root}: {len(missing)} categories added; now: make train CATEGORY={missing[0]}")
+    print(f"{root}: {len(missing)} categories added")
     return 0
 
 
@@ -81,7 +89,7 @@ def fetch(url: str, part: Path) -> None:
             if error.code == 416 and have:  # nothing behind what we have: the checksum will tell
                 return
             raise UserError(f"{url}: {error.code} {error.reason}; URL= takes a mirror") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.filename == str(part):
                 raise  # the disk's fault
             total, reason = None, getattr(error, "reason", None) or error
@@ -106,7 +114,7 @@ def fetch_rest(url: str, part: Path, have: int) -> int:
     with urllib.request.urlopen(request, timeout=60) as answer:
         if answer.status != 206:  # the server sends all of it
             have = 0
-        rest = answer.length
+        rest = getattr(answer, "length", None)
         if rest is None:
             raise ValueError("the server does not say how long the file is")
         check_disk(part.parent, rest + UNPACKED * (have + rest))

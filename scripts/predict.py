@@ -92,6 +92,8 @@ def find_images(text: str) -> list[Item]:
     path = Path(text)
     if text == "-":
         lines = os.fsdecode(sys.stdin.buffer.read()).splitlines()
+        if not any(lines):
+            raise UserError("--images -: no paths came through the pipe")
         return [item for line in lines if line for item in listed(Path(line))]
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -130,17 +132,31 @@ def check_output(output: Path | None, inputs: list[Path]) -> None:
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
-    """No heat map may take the place of an image or of another heat map."""
+    """No heat map may take the place of an image or of another heat map, nor be scored as one."""
     seen: dict[Path, Path] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
-        if target.exists() and path.exists() and target.samefile(path):
-            raise UserError(f"--heatmaps {folder}: holds the images; name another folder")
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
+        if target.exists() and not is_heatmap(target):
+            raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if seen.setdefault(target, path) != path:
             raise UserError(
                 f"--heatmaps: {seen[target]} and {path} would both be {target}; score them apart"
             )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_heatmap(path: Path) -> bool:
+    from PIL import Image
+
+    from ganomaly.pictures import SIDE
+
+    try:
+        with Image.open(path) as image:
+            return image.size == (3 * SIDE, SIDE)
+    except OSError:
+        return False
 
 
 def heatmap_of(folder: Path, name: Path) -> Path:
@@ -194,8 +210,10 @@ def write_heatmaps(detector, images, items: list[Item], folder: Path) -> None:
 
     maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
     for (path, name), x_hat, heat in zip(items, x_hats, maps):
-        large = torch.from_numpy(read_image(path, SIDE, detector.config.channels))
-        write_atomic(heatmap_of(folder, name), png(explained(large, x_hat, heat)))
+        large = read_image(path, SIDE, detector.config.channels)
+        if not isinstance(large, str):  # it was there a moment ago
+            picture = explained(torch.from_numpy(large), x_hat, heat)
+            write_atomic(heatmap_of(folder, name), png(picture))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ images_per_second_without_validation or images_per_second: it runs in alternatio
 {image_size} and {batch_size} in it are filled in. Nothing else should run meanwhile.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -48,6 +49,8 @@ def main(argv=None) -> int:
     parser.add_argument("--job", help="internal: one measurement, in this process")
     add_place_flags(parser)
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise UserError(f"--repeats: {args.repeats} is not allowed; allowed: at least 1")
     if unknown := set(args.only or ()) - set(PARTS):
         raise UserError(f"--only {unknown.pop()!r}: no such part; there: {parts}")
     with leaving_at_once():
@@ -66,7 +69,8 @@ def main(argv=None) -> int:
     for part in args.only or PARTS:
         begun = time.perf_counter()
         rows = PARTS[part](args, table)
-        origin = provenance(device, resolve({"dataset": "folder", "threads": args.threads}))
+        threads = args.threads if part in ("roof", "training", "growth", "profile") else 1
+        origin = provenance(device, resolve({"dataset": "folder", "threads": threads}))
         table[part] = {"provenance": origin, "rows": rows}
         write_atomic(path, json.dumps(table, indent=2) + "\n")
         print(f"{part}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
@@ -92,7 +96,7 @@ def roof(args, table: dict) -> list[dict]:
 def training(args, table: dict) -> list[dict]:
     """Training at width 64, the paper recipe's networks, beside the peers: images a second,
     billions of multiply-adds an image, their share of the roof, peak memory."""
-    rows = []
+    rows, top = [], roof_of(table, args.threads, "amp")
     for image_size, batch_size in SHAPES:
         shape = {"image_size": image_size, "batch_size": batch_size}
         commands = {}
@@ -107,11 +111,13 @@ def training(args, table: dict) -> list[dict]:
                 runs.append(process(shlex.split(command)))
         speed, count = of(ours, "images_per_second"), ours[0]["G_multiply_adds"]
         row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
-        row["of_the_roof"] = statistics.median(speed) * count / roof_of(table, args.threads, "amp")
+        row["of_the_roof"] = statistics.median(speed) * count / top
         rows.append({**row, "peak_MB": of(ours, "peak_MB")})
         for command, runs in commands.items():
             best = "images_per_second_without_validation"
-            theirs = [run.get(best) or run["images_per_second"] for run in runs]
+            theirs = [run.get(best) or run.get("images_per_second") for run in runs]
+            if None in theirs:
+                raise UserError(f"--peer {command}: printed no JSON line with images_per_second")
             times = statistics.median(speed) / statistics.median(theirs)
             who = " ".join(Path(word).name for word in shlex.split(command))
             row = {**shape, "who": who, "images_per_second": theirs, "we_are_faster": times}
@@ -147,11 +153,11 @@ def profile(args, table: dict) -> list[dict]:
 def scoring(args, table: dict) -> list[dict]:
     """One image, all scores, batch 1, one thread: milliseconds. The floor is the larger of
     multiply-adds over float32's roof and weights over memory's."""
-    rows = []
+    rows, flops, memory = [], roof_of(table, 1, "float32"), roof_of(table, 1, "GB")
     for name in RECIPES:
         runs = [job(args, "scoring", name=name, seconds=args.seconds) for _ in range(args.repeats)]
         count, weights = runs[0]["G_multiply_adds"], runs[0]["weights_GB"]
-        floor = 1000 * max(count / roof_of(table, 1, "float32"), weights / roof_of(table, 1, "GB"))
+        floor = 1000 * max(count / flops, weights / memory)
         row = {"recipe": name, "median": of(runs, "median"), "p99": of(runs, "p99"), "floor": floor}
         rows.append({**row, "median_over_floor": statistics.median(row["median"]) / floor})
     return rows
@@ -234,8 +240,12 @@ def process(words: list[str]) -> dict:
         printed, told = (file.read().decode(errors="replace") for file in (out, err))
     if child.returncode:
         raise UserError(f"{shlex.join(words)} failed: {(told.strip().splitlines() or [''])[-1]}")
-    found = next((x for x in printed.splitlines()[::-1] if x.startswith("{")), "{}")
-    return {**json.loads(found), "wall_seconds": seconds, "peak_MB": peak / 1024}
+    found: dict = {}
+    for line in printed.splitlines():
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(line)
+            found = parsed if isinstance(parsed, dict) else found
+    return {**found, "wall_seconds": seconds, "peak_MB": peak / 1024}
 
 
 def peak_of(pid: int) -> int:

@@ -113,9 +113,9 @@ def test_a_browser_opens_it_without_a_word(script, experiment, tmp_path):
     probe = tmp_path / "probe.html"
     text = (root / "runs/mine/report.html").read_text(encoding="utf-8")
     probe.write_text(
-        text + "<script>const e=document.documentElement;const i=[...document.images];"
-        "document.title=[e.scrollWidth<=e.clientWidth,i.every(x=>x.naturalWidth>0),i.length]"
-        "</script>"
+        text + "<script>addEventListener('load',()=>{const e=document.documentElement,"
+        "i=[...document.images];document.title=[e.scrollWidth<=e.clientWidth,"
+        "i.every(x=>x.naturalWidth>0),i.length]})</script>"
     )
     done = subprocess.run(
         [browser, *words, "--window-size=390,800", "--dump-dom", f"file://{probe}"],

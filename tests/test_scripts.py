@@ -637,7 +637,7 @@ def test_heat_maps_keep_relative_paths_and_one_scale(script, parts, tmp_path):
     # Nothing of ours may fall on an image or on another heat map
     before = (test / "good" / "000.png").read_bytes()
     code, _, err = script("predict", *words, "--heatmaps", test)
-    assert code == 2 and "holds the images" in one_line_error(err)
+    assert code == 2 and "holds images to score" in one_line_error(err)
     assert (test / "good" / "000.png").read_bytes() == before
     twice = [test / "good", test / "a_bar"]
     code, _, err = script("predict", *words[:3], *twice, "--heatmaps", heat)
