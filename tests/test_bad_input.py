@@ -118,6 +118,7 @@ IMAGES = [
     ("a" * 200 + ".png", bytes_of("png"), None),
     ("trailing.png", bytes_of("png") + b"more", None),
     ("turned.jpg", exif_garbage(), None),
+    ("cut_exif.png", bytes_of("png", exif=b"Exif\0\0MM\0*\0\0"), ""),
 ]  # fmt: skip
 
 

@@ -379,6 +379,7 @@ def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
     for wrong in (pixels.float(), pixels[:, :1], pixels[..., :16], pixels[0]):
         with pytest.raises(ValueError, match=r"uint8 of \(N, 3, 32, 32\) is needed"):
             detector(wrong)
+    assert [len(values) for values in detector(pixels[:0])] == [0, 0, 0]
     with pytest.raises(UserError, match="gone.png"):
         detector([tmp_path / "gone.png"])
 

@@ -251,6 +251,17 @@ def test_labels_are_not_inverted(script, tmp_path):
     assert metrics["auroc_pca"] > 0.9 and metrics["auroc_brightness"] > 0.9
 
 
+def test_masks_without_a_defective_pixel_are_told_and_give_no_figure(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts")
+    masks = root / "ground_truth" / "a_bar"
+    masks.mkdir(parents=True)
+    for i in range(5):
+        Image.new("L", (40, 40), i % 2).save(masks / f"{i:03}_mask.png")  # 0 and 1, not 255
+    code, _, err = script("train", *train_words(tmp_path / "images", tmp_path))
+    assert code == 0 and "no pixel of any mask is defective" in err
+    assert numbers(folder_of(tmp_path))[0]["pixel_auroc"] is None
+
+
 def test_without_test_images_it_trains_calibrates_and_says_so(script, tmp_path):
     draw_category(tmp_path / "images" / "parts", n_good=0, defects=())
     code, out, _ = script("train", *train_words(tmp_path / "images", tmp_path))
@@ -617,6 +628,9 @@ def test_paths_come_from_patterns_and_pipes_in_their_order(script, parts, tmp_pa
     code, out, err = script("predict", "--model", model, "--images", "-")
     rows = list(csv.DictReader(out.splitlines()))
     assert code == 1 and [row["path"] for row in rows] == lines
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    code, _, err = script("predict", "--model", model, "--images", "-")
+    assert code == 2 and "no paths came" in one_line_error(err)
     assert rows[0]["score"] and "No such file" in rows[1]["verdict"]
     assert "directory" in rows[2]["verdict"]
 
@@ -639,6 +653,19 @@ def test_heat_maps_keep_relative_paths_and_one_scale(script, parts, tmp_path):
     code, _, err = script("predict", *words, "--heatmaps", test)
     assert code == 2 and "holds images to score" in one_line_error(err)
     assert (test / "good" / "000.png").read_bytes() == before
+    copies, mine = tmp_path / "copies", tmp_path / "mine"
+    shutil.copytree(test, copies)
+    (mine / "good").mkdir(parents=True)
+    shutil.copy(test / "good" / "000.png", mine / "good" / "000.png")
+    # An input of another folder, a file that is nobody's input, heat maps among the images
+    for more, folder in (([copies / "good"], copies), ([], mine), ([], test / "heat")):
+        code, _, err = script("predict", *words, *more, "--heatmaps", folder)
+        assert (code == 2) == (folder != test / "heat"), err
+    assert (copies / "good" / "000.png").read_bytes() == before
+    assert (mine / "good" / "000.png").read_bytes() == before
+    code, _, err = script("predict", *words, "--heatmaps", test / "heat")
+    assert code == 2 and "holds images to score" in one_line_error(err)
+    shutil.rmtree(test / "heat")
     twice = [test / "good", test / "a_bar"]
     code, _, err = script("predict", *words[:3], *twice, "--heatmaps", heat)
     assert code == 2 and "score them apart" in one_line_error(err)
