@@ -67,7 +67,7 @@ class Config:
         below=1,
     )
     batch_size: int = knob(16, "images a step", low=1, high=65_536)
-    steps: int = knob(1500, "training steps, the same for every category", low=1, high=10**9)
+    steps: int = knob(3000, "training steps, the same for every category", low=1, high=10**9)
     lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
     beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
     ema_decay: float = knob(
