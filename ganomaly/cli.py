@@ -112,6 +112,21 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which trained model, and where its threshold is."""
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
+    )
+    parser.add_argument(
+        "--quantile", type=float, metavar="FLOAT",
+        help="share of normal images under the threshold [as trained: 0.95]",
+    )  # fmt: skip
+
+
+def checked_quantile(args: argparse.Namespace) -> float | None:
+    return None if args.quantile is None else checked(FIELDS["quantile"], args.quantile)
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
 

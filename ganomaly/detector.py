@@ -32,6 +32,7 @@ from ganomaly.scoring import (
     calibrate,
     heat_map,
     p_values,
+    raw_of,
     threshold_at,
 )
 
@@ -127,16 +128,9 @@ class Detector:
 
         UserError where one is not finite, as of a network that diverged.
         """
-        names = [name for name in SCORES if name in self.config.scores]
-        parts = self.each(
-            pixels,
-            lambda o: (
-                {name: SCORES[name](o).cpu() for name in names},
-                (o.z - o.z_hat).double().cpu(),
-            ),
-        )
-        scores = {name: torch.cat([part[name] for part, _ in parts]) for name in names}
-        raw = Raw(scores, torch.cat([gaps for _, gaps in parts]))
+        parts = self.each(pixels, lambda o: raw_of(o, self.config.scores))
+        scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
+        raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
         for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
             if not values.isfinite().all():
                 raise UserError(f"{name} is not finite: the training diverged, lower --lr")

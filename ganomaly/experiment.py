@@ -7,7 +7,6 @@ written last.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
+from ganomaly.pictures import png
 from ganomaly.results import METRICS, csv_text, results_csv, results_md
 
 # A run's files; of a killed process, then in the order in which a run is taken back: what is left
@@ -180,12 +180,9 @@ class Run:
     def write_samples(self, x: Tensor, x_hat: Tensor) -> None:
         """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
         pixels = (panel(x, x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
-        image, buffer = Image.fromarray(pixels), io.BytesIO()
-        scale = max(1, 64 // x.shape[-1])
-        image.resize([side * scale for side in image.size], Image.Resampling.NEAREST).save(
-            buffer, "png"
-        )
-        write_atomic(self.path("samples.png"), buffer.getvalue())
+        image, scale = Image.fromarray(pixels), max(1, 64 // x.shape[-1])
+        larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
+        write_atomic(self.path("samples.png"), png(larger))
 
     def write_histograms(self, labels, scores: dict[str, Tensor], normal: dict[str, Tensor]):
         """Score histograms to TensorBoard: calibration, good and defective images."""

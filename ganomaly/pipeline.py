@@ -66,14 +66,20 @@ def use_threads(n: int) -> None:
     threadpool_limits(n, user_api="blas")
 
 
+def run_of(config: Config, folder: Path, data_root: Path | None, device: torch.device) -> Run:
+    """The run of a config in an experiment's folder; UserError where that has another recipe."""
+    config = resolved(config, device)
+    run = Run(folder, data.category_name(config, data_root), config)
+    experiment.check_recipe(folder, config)
+    return run
+
+
 def plan(
     config: Config, folder: Path, data_root: Path | None, device: torch.device, force: bool
 ) -> str:
     """What run_one would do; UserError where it would be refused before it looks at the images."""
-    config = resolved(config, device)
-    run = Run(folder, data.category_name(config, data_root), config)
-    experiment.check_recipe(folder, config)
-    told = run.plan(force)
+    run = run_of(config, folder, data_root, device)
+    config, told = run.config, run.plan(force)
     if run.finished and not force:
         check_train_files(experiment.read_metrics(run.path("metrics.json")), config, data_root)
     elif config.dataset in ("mvtec", "folder"):
@@ -100,9 +106,7 @@ def run_one(
     process is at work on the same run.
     """
     use_threads(config.threads)
-    config = resolved(config, device)
-    run = Run(folder, data.category_name(config, data_root), config)
-    experiment.check_recipe(folder, config)
+    run = run_of(config, folder, data_root, device)
     with locked(run.folder):
         return run_locked(run, data_root, device, force, download, progress)
 

@@ -46,7 +46,7 @@ rect.good,rect.bad{stroke:none;opacity:.6}path{fill:none;stroke-width:1.5}
 """
 
 
-def page(folder: Path, explain: Callable | None = None) -> str:
+def page(folder: Path, explain: Callable) -> str:
     """The page of an experiment's folder.
 
     explain(run's folder, metrics, paths) gives PNG pictures of test images, by their relative
@@ -79,12 +79,13 @@ def page(folder: Path, explain: Callable | None = None) -> str:
     return "\n".join(out) + "\n"
 
 
-def section(category: str, seeds: dict[Path, dict], explain, missing: dict) -> list[str]:
+def section(category: str, seeds: dict[Path, dict], explain: Callable, missing: dict) -> list[str]:
     """A category: charts of its first seed, the ROC curves of all, the images it errs on."""
     run, m = next(iter(seeds.items()))
-    labels, scores, paths = read_scores(run, m["score"])
+    read = [read_scores(each, one["score"]) for each, one in seeds.items()]
+    labels, scores, paths = read[0]
     out = [f"<h2>{escape(category)}</h2><div class=charts>"]
-    rocs = [roc(*read_scores(each, one["score"])[:2]) for each, one in seeds.items()]
+    rocs = [roc(*each[:2]) for each in read]
     chart = histogram(labels, scores, m["threshold"])
     charts = [
         (chart, f"Score {m['score']} of seed {m['seed']}: <span class=key><b class=g>good</b> and "
@@ -108,8 +109,7 @@ def section(category: str, seeds: dict[Path, dict], explain, missing: dict) -> l
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
     bad = [i for i in order if labels[i] == 1][:ERRORS]
-    answer = "Pictures: nobody asked for them." if explain is None else None
-    answer = answer or explain(run, m, [paths[i] for i in good + bad])
+    answer = explain(run, m, [paths[i] for i in good + bad])
     if isinstance(answer, str):
         missing[answer] = None
         return out

@@ -105,6 +105,12 @@ class Raw:
         return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
 
 
+def raw_of(o: Outputs, names) -> Raw:
+    """The scores of SCORES that `names` has, of one batch."""
+    scores = {name: score(o) for name, score in SCORES.items() if name in names}
+    return Raw(scores, (o.z - o.z_hat).double())
+
+
 @dataclass
 class Statistics:
     """What is known of normal images that were not trained on."""

@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser
-from ganomaly.config import FIELDS, checked
+from ganomaly.cli import Parser, add_model_flags, checked_quantile
 from ganomaly.errors import UserError, guard, leaving_at_once
 
 CLOSE = 1e-5  # of the program's scores to ours, relative
@@ -21,17 +20,10 @@ CLOSE = 1e-5  # of the program's scores to ours, relative
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
-    )
+    add_model_flags(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[model.pt2 beside the model]")
-    parser.add_argument(
-        "--quantile", type=float, metavar="FLOAT",
-        help="share of normal images under the threshold [as trained: 0.95]",
-    )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.quantile is not None:
-        checked(FIELDS["quantile"], args.quantile)
+    quantile = checked_quantile(args)
 
     with leaving_at_once():
         import torch
@@ -41,7 +33,7 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, torch.device("cpu"))
     c = detector.config
-    above = detector.set_quantile(args.quantile or c.quantile)
+    above = detector.set_quantile(quantile or c.quantile)
     output = args.output or args.model.with_suffix(".pt2")
     if output.exists() and output.samefile(args.model):
         raise UserError(f"--output {output}: is the model; name another file")
@@ -71,7 +63,7 @@ def exported(detector, images):
 
     from ganomaly.batches import to_input
     from ganomaly.detector import outputs_of
-    from ganomaly.scoring import SCORES, Raw, all_scores, heat_map
+    from ganomaly.scoring import all_scores, heat_map, raw_of
 
     class Program(nn.Module):
         def __init__(self):
@@ -81,10 +73,8 @@ def exported(detector, images):
         def forward(self, images):
             x = to_input(images, images.device, detector.scale)
             o = outputs_of(self.networks, x)
-            names = [name for name in SCORES if name in detector.config.scores]
-            raw = Raw({name: SCORES[name](o) for name in names}, (o.z - o.z_hat).double())
             known = detector.calibration.statistics
-            scores = all_scores(raw, known)[detector.config.score]
+            scores = all_scores(raw_of(o, detector.config.scores), known)[detector.config.score]
             return scores, scores > detector.threshold, heat_map(o, known)
 
     batch = torch.export.Dim("batch", min=1)

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser
-from ganomaly.config import FIELDS, checked
+from ganomaly.cli import Parser, add_model_flags, checked_quantile
 from ganomaly.errors import UserError, guard, leaving_at_once
 
 
@@ -27,9 +26,7 @@ class Item(NamedTuple):
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
-    )
+    add_model_flags(parser)
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH",
         help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
@@ -38,14 +35,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each"
     )
-    parser.add_argument(
-        "--quantile", type=float, metavar="FLOAT",
-        help="share of normal images under the threshold [as trained: 0.95]",
-    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = parser.parse_args(argv)
-    if args.quantile is not None:
-        checked(FIELDS["quantile"], args.quantile)
+    quantile = checked_quantile(args)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import pipeline
@@ -53,7 +45,7 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, pipeline.use_device(args.device))
     pipeline.use_threads(detector.config.threads)
-    above = detector.set_quantile(args.quantile or detector.config.quantile)
+    above = detector.set_quantile(quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     check_output(args.output, [args.model, *(item.path for item in items)])
     if args.heatmaps:
