@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +29,16 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
-from ganomaly.errors import UserError
+from ganomaly.errors import UserError, describe
 from ganomaly.experiment import Run
-from ganomaly.files import locked, write_atomic, write_json, write_torch
+from ganomaly.files import Busy, locked, write_atomic, write_json, write_torch
 from ganomaly.images import read_images
 from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
 from ganomaly.training import resolve_amp, train
 
 LOOK = 1000  # test images of a kind that a look scores
+PAUSE = 2  # seconds, while other processes are at all that is left
 SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32
 
 
@@ -159,6 +164,54 @@ def run_locked(
         own.close()
         run.close()
     return after, True
+
+
+def run_all(
+    jobs: dict[str, tuple[Config, Path]],
+    data_root: Path | None,
+    device: torch.device,
+    tell: Callable[[dict], str],
+    *,
+    force: bool = False,
+    download: bool = False,
+) -> dict[str, str]:
+    """run_one() for every job, named, with its experiment's folder; returns what failed, and why.
+
+    What another process is at is seen again when the rest is done, so that any number of these
+    processes share the work. `tell` makes the line that is printed of a run's metrics.
+    """
+    failed, waiting, others, done = {}, deque(jobs), 0, 0
+    total = sum(config.steps for config, _ in jobs.values())
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        while waiting:
+            name = waiting.popleft()
+            config, folder = jobs[name]
+            bar.set_description(f"{len(jobs) - len(waiting)}/{len(jobs)} {name}")
+            try:
+                metrics, trained = run_one(
+                    config, folder, data_root, device,
+                    force=force, download=download, progress=bar,
+                )  # fmt: skip
+                bar.write(f"{name}: {tell(metrics)}" + ("" if trained else " (done before)"))
+            except Busy:
+                waiting.append(name)
+                others += 1
+                if others >= len(waiting):
+                    time.sleep(PAUSE)
+                    others = 0
+                continue
+            except Exception as error:
+                failed[name] = describe(error)
+                if failed[name] is None:  # a bug of ours: show it whole
+                    traceback.print_exc()
+                    failed[name] = f"{type(error).__name__}: {error}"
+            others = 0
+            done += config.steps  # also of a run that stopped half way
+            bar.n = bar.last_print_n = done
+            bar.refresh()
+    for name, reason in failed.items():
+        print(f"failed {name}: {reason}", file=sys.stderr)
+    return failed
 
 
 def check_train_files(row: dict, config: Config, data_root: Path | None) -> None:

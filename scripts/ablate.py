@@ -2,8 +2,8 @@
 
 ABLATIONS is the list; adding one is adding one line. Runs go to
 experiments/<experiment>/<ablation>/<category>/seed<seed>/, finished ones are left alone, unfinished
-ones go on. results.md holds means, standard deviations and differences to the base run, paired by
-category and seed.
+ones go on, and any number of these processes share them. results.md holds means, standard
+deviations and differences to the base run, paired by category and seed.
 """
 
 import sys
@@ -56,24 +56,30 @@ def main(argv=None) -> int:
     categories = args.categories or data.categories_of(recipe, args.data_root)
     device = pipeline.use_device(args.device)
     chosen = [(name, changes) for name, changes in ABLATIONS if name in (args.only or names)]
-    for seed in args.seeds or [recipe.seed]:
-        for name, changes in chosen:
-            for category in categories:
-                config = changed(recipe, changes).replace(category=category, seed=seed)
-                if args.dry_run:
-                    place = folder / slug(name)
-                    print(pipeline.plan(config, place, args.data_root, device, False))
-                    continue
-                metrics, _ = pipeline.run_one(
-                    config, folder / slug(name), args.data_root, device, download=args.download
-                )
-                if metrics["auroc"] is None:
-                    raise UserError(f"{category}: no test/, so nothing can be compared")
-                print(f"{name}, {category} seed {seed}: AUROC {metrics['auroc']:.4f}", flush=True)
-                write_tables(folder)
-    if not args.dry_run:
+    jobs = {
+        f"{name}, {category} seed {seed}": (
+            changed(recipe, changes).replace(category=category, seed=seed),
+            folder / slug(name),
+        )
+        for seed in args.seeds or [recipe.seed]
+        for name, changes in chosen
+        for category in categories
+    }
+    if args.dry_run:
+        for config, place in jobs.values():
+            print(pipeline.plan(config, place, args.data_root, device, False))
+        return 0
+
+    def tell(metrics: dict) -> str:
+        write_tables(folder)
+        if metrics["auroc"] is None:
+            raise UserError("no test/, so nothing can be compared")
+        return f"AUROC {metrics['auroc']:.4f}"
+
+    failed = pipeline.run_all(jobs, args.data_root, device, tell, download=args.download)
+    if (folder / "results.md").is_file():
         print((folder / "results.md").read_text(encoding="utf-8"))
-    return 0
+    return 1 if failed else 0
 
 
 def slug(name: str) -> str:

@@ -8,18 +8,13 @@ shared file system: each takes what no other is at.
 
 import os
 import sys
-import time
-import traceback
-from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder, recipe_values
 from ganomaly.config import Config, resolve
-from ganomaly.errors import UserError, describe, guard, leaving_at_once
-
-PAUSE = 2  # seconds, while other processes are at all that is left
+from ganomaly.errors import UserError, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -40,10 +35,7 @@ def main(argv=None) -> int:
         raise UserError("--force: each worker would train what another has just finished; one does")
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from tqdm import tqdm
-
         from ganomaly import data, experiment, pipeline
-        from ganomaly.files import Busy
 
     one = [args.category] if args.category else None
     categories = args.categories or one or data.categories_of(base, args.data_root)
@@ -73,49 +65,24 @@ def main(argv=None) -> int:
             print(" ", pipeline.plan(config, folder, args.data_root, device, args.force))
         return 0
 
-    failed, waiting, others = {}, deque(jobs), 0
-    with tqdm(total=len(jobs) * base.steps, unit="step", disable=None) as bar:
-        while waiting:
-            config = waiting.popleft()
-            number, name = len(jobs) - len(waiting), f"{config.category} seed {config.seed}"
-            bar.set_description(f"{number}/{len(jobs)} {name}")
-            try:
-                metrics, trained = pipeline.run_one(
-                    config, folder, args.data_root, device,
-                    force=args.force, download=args.download, progress=bar,
-                )  # fmt: skip
-                line = "nothing to evaluate"
-                if metrics["auroc"] is not None:
-                    line = f"AUROC {metrics['auroc']:.4f}, F1 {metrics['f1']:.4f}, " + (
-                        f"PCA-40 {metrics['auroc_pca']:.4f}"
-                    )
-                bar.write(f"{name}: {line}" + ("" if trained else " (done before)"))
-                others = 0
-            except Busy:  # another process has it: see again when the rest is done
-                waiting.append(config)
-                others += 1
-                if others >= len(waiting):
-                    time.sleep(PAUSE)
-                    others = 0
-                continue
-            except Exception as error:
-                failed[name] = describe(error)
-                if failed[name] is None:  # a bug of ours: show it whole
-                    traceback.print_exc()
-                    failed[name] = f"{type(error).__name__}: {error}"
-            bar.n = bar.last_print_n = number * base.steps  # also where a run stopped half way
-            bar.refresh()
-
+    failed = pipeline.run_all(
+        {f"{config.category} seed {config.seed}": (config, folder) for config in jobs},
+        args.data_root, device, line_of, force=args.force, download=args.download,
+    )  # fmt: skip
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
-    for name, reason in failed.items():
-        print(f"failed {name}: {reason}", file=sys.stderr)
     # Of a launcher's processes one tells the end; none gets here before all is done
     if (table := folder / "results.md").is_file() and os.environ.get("RANK", "0") == "0":
         print(table.read_text(encoding="utf-8"))
         pipeline.write_report(folder, folder / "report.html", args.data_root, device)
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
+
+
+def line_of(metrics: dict) -> str:
+    if metrics["auroc"] is None:
+        return "nothing to evaluate"
+    return "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}".format_map(metrics)
 
 
 if __name__ == "__main__":

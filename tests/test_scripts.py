@@ -1023,6 +1023,20 @@ def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
     assert {p: p.read_bytes() for p in folder.rglob("metrics.json")} == before
 
 
+def test_an_ablation_that_fails_leaves_the_others_their_runs(script, parts, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(parts / "parts", root / "whole")
+    shutil.copytree(parts / "parts/train", root / "untested/train")
+    words = ["--only", "base", "no encoder loss", "--categories", "untested", "whole"]
+    code, out, err = script("ablate", *ablation_words(root, tmp_path, *words))
+    assert code == 1 and out.count("whole seed 42: AUROC") == 2
+    assert [line for line in err.splitlines() if line.startswith("failed")] == [
+        f"failed {name}, untested seed 42: no test/, so nothing can be compared"
+        for name in ("base", "no encoder loss")
+    ]
+    assert "| no encoder loss |" in out and "untested" not in out
+
+
 def test_every_ablation_changes_the_recipe_and_none_twice_alike(ablate):
     recipe = Config(
         dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="exposure",
