@@ -12,6 +12,6 @@ def load(path, device: str = "auto"):
     device: auto, cpu, cuda or cuda:N. UserError where the file is none of ours.
     """
     from ganomaly.detector import load_detector  # late: importing ganomaly imports no torch
-    from ganomaly.pipeline import use_device
+    from ganomaly.device import use_device
 
     return load_detector(path, use_device(device))

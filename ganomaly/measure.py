@@ -25,6 +25,7 @@ from ganomaly import pipeline
 from ganomaly.batches import Batches
 from ganomaly.config import ROOT, Config, resolve
 from ganomaly.detector import Detector, load_detector
+from ganomaly.device import use_threads
 from ganomaly.files import write_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build, initialise
@@ -37,7 +38,7 @@ ONCE = ("Set-up", "Networks", "Go on from a checkpoint")  # paragraphs before th
 
 def roof(device: torch.device, threads: int) -> dict:
     """Billions of multiply-adds a second of matrices' products; GB/s of a matrix by a vector."""
-    pipeline.use_threads(threads)
+    use_threads(threads)
     found = {}
     for name, dtype in (("float32", None), ("amp", AMP[resolve_amp("auto", device)])):
         a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
@@ -49,7 +50,7 @@ def roof(device: torch.device, threads: int) -> dict:
 def training(device: torch.device, values: dict, n: int, seconds: float) -> dict:
     """Images a second of train() on n drawn images, its first steps left out."""
     config = resolve(values)
-    pipeline.use_threads(config.threads)
+    use_threads(config.threads)
     watch = Stopwatch(device, seconds)
     train_timed(config, drawn(config, n), device, watch)
     return {
@@ -90,7 +91,7 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
 def scoring(device: torch.device, name: str, seconds: float) -> dict:
     """Milliseconds from one uint8 image to all of its scores, and what that costs by count."""
     detector = untrained(recipe_of(name), device)
-    pipeline.use_threads(detector.config.threads)
+    use_threads(detector.config.threads)
     image, times = drawn(detector.config, 1), []
     with FlopCounterMode(display=False) as counter:
         detector.scores(image)
@@ -115,7 +116,7 @@ def decode_and_score(device: torch.device, folder: str, n: int, side: int) -> di
         blotches(i, side).save(images / f"{i:05}.jpg", quality=90)
     write_torch(model, untrained(recipe_of("calibrated"), torch.device("cpu")).state())
     detector = load_detector(model, device)
-    pipeline.use_threads(detector.config.threads)
+    use_threads(detector.config.threads)
     config = detector.config
     begun = time.perf_counter()
     pixels = read_images(sorted(images.iterdir()), config.image_size, config.channels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import time
 import traceback
@@ -14,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from ganomaly import (  # metrics loads BLAS, whose threads are limited
+from ganomaly import (  # metrics loads BLAS, whose threads use_threads limits
     data,
     experiment,
     metrics,
@@ -29,6 +27,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
+from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked, write_atomic, write_json, write_torch
@@ -40,35 +39,6 @@ from ganomaly.training import resolve_amp, train
 LOOK = 1000  # test images of a kind that a look scores
 PAUSE = 2  # seconds, while other processes are at all that is left
 SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32
-
-
-def use_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, else the CPU. UserError where there is no such device.
-
-    A launcher's processes on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
-    """
-    if name == "auto":
-        n, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-        name = f"cuda:{rank % n}" if n else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("not supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-    return device
-
-
-def use_threads(n: int) -> None:
-    """PyTorch's and BLAS's threads: sums, and so results, depend on their number."""
-    torch.set_num_threads(n)
-    threadpool_limits(n, user_api="blas")
 
 
 def run_of(config: Config, folder: Path, data_root: Path | None, device: torch.device) -> Run:

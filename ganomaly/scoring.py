@@ -62,10 +62,11 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
 
 
 def blurred(m: Tensor) -> Tensor:
-    """A map (B, S, S) under a Gaussian of one pixel."""
-    from torchvision.transforms.functional import gaussian_blur  # late: it takes a second to import
-
-    return gaussian_blur(m, [7, 7], [1.0, 1.0])
+    """A map (B, S, S) under a Gaussian of one pixel, cut off after three."""
+    bell = torch.exp(-torch.arange(-3.0, 4.0, device=m.device).square() / 2)
+    bell = bell / bell.sum()
+    kernels = torch.outer(bell, bell).expand(m.shape[0], 1, 7, 7)  # a channel an image: the fastest
+    return F.conv2d(F.pad(m, (3, 3, 3, 3), mode="reflect"), kernels, groups=m.shape[0])
 
 
 def comparator_map(o: Outputs) -> Tensor:

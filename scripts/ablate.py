@@ -52,9 +52,10 @@ def main(argv=None) -> int:
 
     with leaving_at_once():
         from ganomaly import data, pipeline
+        from ganomaly.device import use_device
 
     categories = args.categories or data.categories_of(recipe, args.data_root)
-    device = pipeline.use_device(args.device)
+    device = use_device(args.device)
     chosen = [(name, changes) for name, changes in ABLATIONS if name in (args.only or names)]
     jobs = {
         f"{name}, {category} seed {seed}": (

@@ -36,6 +36,7 @@ def main(argv=None) -> int:
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import data, experiment, pipeline
+        from ganomaly.device import use_device
 
     one = [args.category] if args.category else None
     categories = args.categories or one or data.categories_of(base, args.data_root)
@@ -56,7 +57,7 @@ def main(argv=None) -> int:
     ]
     if not jobs:
         raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
-    device = pipeline.use_device(args.device)
+    device = use_device(args.device)
     experiment.check_recipe(folder, pipeline.resolved(base, device))
 
     if args.dry_run:

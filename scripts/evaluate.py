@@ -27,6 +27,7 @@ def main(argv=None) -> int:
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import data, experiment, pipeline, results
         from ganomaly.detector import load_detector
+        from ganomaly.device import use_device, use_threads
         from ganomaly.files import locked
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
@@ -36,12 +37,12 @@ def main(argv=None) -> int:
             "metrics.json; train it into this experiment first"
         )
     before = experiment.read_metrics(run.path("metrics.json"))
-    detector = load_detector(run.path("model.pt"), pipeline.use_device(args.device))
+    detector = load_detector(run.path("model.pt"), use_device(args.device))
     config = detector.config
     for name, value in given.items():
         if value not in (None, "auto") and value != getattr(config, name):
             raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
-    pipeline.use_threads(config.threads)
+    use_threads(config.threads)
     pipeline.check_train_files(before, config, args.data_root)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}

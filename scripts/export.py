@@ -58,7 +58,6 @@ def main(argv=None) -> int:
 def exported(detector, images):
     """The detector as a torch.export.ExportedProgram; images is an example, (2, C, S, S)."""
     import torch
-    import torchvision.transforms.functional  # noqa: F401, or its import would be traced
     from torch import nn
 
     from ganomaly.batches import to_input

@@ -40,11 +40,11 @@ def main(argv=None) -> int:
     quantile = checked_quantile(args)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import pipeline
         from ganomaly.detector import load_detector
+        from ganomaly.device import use_device, use_threads
 
-    detector = load_detector(args.model, pipeline.use_device(args.device))
-    pipeline.use_threads(detector.config.threads)
+    detector = load_detector(args.model, use_device(args.device))
+    use_threads(detector.config.threads)
     above = detector.set_quantile(quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     check_output(args.output, [args.model, *(item.path for item in items)])

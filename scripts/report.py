@@ -24,9 +24,10 @@ def main(argv=None) -> int:
         raise UserError(f"{folder}: no finished run there to report on")
     with leaving_at_once():
         from ganomaly import pipeline
+        from ganomaly.device import use_device
 
     output = args.output or folder / "report.html"
-    pipeline.write_report(folder, output, args.data_root, pipeline.use_device(args.device))
+    pipeline.write_report(folder, output, args.data_root, use_device(args.device))
     print(f"written {output}")
     return 0
 

@@ -54,11 +54,12 @@ def main(argv=None) -> int:
     if unknown := set(args.only or ()) - set(PARTS):
         raise UserError(f"--only {unknown.pop()!r}: no such part; there: {parts}")
     with leaving_at_once():
-        from ganomaly import measure, pipeline
+        from ganomaly import measure
+        from ganomaly.device import use_device
         from ganomaly.files import write_atomic
         from ganomaly.provenance import provenance
 
-    device = pipeline.use_device(args.device)
+    device = use_device(args.device)
     if args.job:
         given = json.loads(args.job)
         print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))

@@ -28,8 +28,9 @@ def main(argv=None) -> int:
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import pipeline, results
+        from ganomaly.device import use_device
 
-    device = pipeline.use_device(args.device)
+    device = use_device(args.device)
     if args.dry_run:
         print(pipeline.resolved(config, device).to_json() + "would: ", end="")
         print(pipeline.plan(config, folder, args.data_root, device, args.force))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ganomaly import pipeline
 from ganomaly.config import Config
+from ganomaly.device import use_device
 
 from .conftest import TINY, draw_category
 from .test_scripts import folder_of, numbers, one_line_error, train_words
@@ -29,7 +30,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     draw_category(root / "images" / "parts")
     config = Config(dataset="folder", category="parts", **TINY)
-    pipeline.run_one(config, root / "local", root / "images", pipeline.use_device("cpu"))
+    pipeline.run_one(config, root / "local", root / "images", use_device("cpu"))
     return root
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ganomaly import pipeline, report
 from ganomaly.config import Config
+from ganomaly.device import use_device
 
 from .conftest import TINY, draw_category
 
@@ -40,7 +41,7 @@ def experiment(tmp_path_factory):
     name = "a<b>&'\"c|d"
     draw_category(root / "images" / name, n_good=8, n_bad=8)
     values = {**TINY, "steps": 120, "checkpoint_every": 40}
-    device = pipeline.use_device("cpu")
+    device = use_device("cpu")
     for seed in (42, 43):
         config = Config(dataset="folder", category=name, seed=seed, **values)
         pipeline.run_one(config, root / "runs" / "mine", root / "images", device)

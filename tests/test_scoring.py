@@ -149,6 +149,14 @@ def test_the_gradient_map_sees_structure_not_brightness():
     assert four == pytest.approx(sum(scales) / 4, rel=0.05) and four > first_scale
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_blurred_is_torchvisions_gaussian_without_its_import(n):
+    from torchvision.transforms.functional import gaussian_blur
+
+    m = torch.randn(n, 16, 16, generator=torch.Generator().manual_seed(n))
+    torch.testing.assert_close(scoring.blurred(m), gaussian_blur(m, [7, 7], [1.0, 1.0]))
+
+
 def test_highest_is_the_mean_of_the_highest_hundredth():
     m = torch.arange(20 * 20).float().view(1, 20, 20)
     assert scoring.highest(m[:, torch.randperm(20)]).item() == 397.5
@@ -338,7 +346,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
-    from ganomaly.pipeline import use_device
+    from ganomaly.device import use_device
 
     torch.save(detector.state(), tmp_path / "model.pt")
     on_gpu = load_detector(tmp_path / "model.pt", use_device("cuda"))

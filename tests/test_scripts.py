@@ -671,6 +671,22 @@ def test_heat_maps_keep_relative_paths_and_one_scale(script, parts, tmp_path):
     assert code == 2 and "score them apart" in one_line_error(err)
 
 
+def test_predict_waits_for_no_import_that_it_does_not_need(script, parts, tmp_path):
+    more = ["--corrupted=0.5", "--comparator-width=3", "--score=calibrated"]
+    assert script("train", *train_words(parts, tmp_path, *more))[0] == 0
+    code = (
+        "import runpy, sys; script = sys.argv.pop(1); sys.argv[0] = script\n"
+        "try: runpy.run_path(script, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print({'sklearn', 'scipy', 'torchvision', 'tensorboard'} & set(sys.modules))"
+    )
+    words = [ROOT / "scripts/predict.py", "--model", folder_of(tmp_path) / "model.pt"]
+    words += ["--images", parts / "parts/test", "--output", tmp_path / "scores.csv"]
+    words += ["--heatmaps", tmp_path / "maps"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
 def test_predict_goes_on_past_an_unreadable_image(script, parts, tmp_path):
     script("train", *train_words(parts, tmp_path))
     bad = tmp_path / "bad.png"

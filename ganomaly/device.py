@@ -1,0 +1,39 @@
+"""Which device computes, with how many threads. Imports no more than that needs: predict waits."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from ganomaly.errors import UserError
+
+
+def use_device(name: str) -> torch.device:
+    """auto: CUDA where there is one, else the CPU. UserError where there is no such device.
+
+    A launcher's processes on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
+    """
+    if name == "auto":
+        n, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        name = f"cuda:{rank % n}" if n else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    return device
+
+
+def use_threads(n: int) -> None:
+    """PyTorch's and BLAS's threads: sums, and so results, depend on their number."""
+    torch.set_num_threads(n)
+    threadpool_limits(n, user_api="blas")
