@@ -50,10 +50,9 @@ class Verdicts(NamedTuple):
 def outputs_of(networks, x: Tensor) -> Outputs:
     """x (B, C, S, S) in [-1, 1] through networks in eval mode, named as networks.build does."""
     z, x_hat, z_hat = networks["generator"](x)
-    _, f = networks["discriminator"](x)
-    _, f_hat = networks["discriminator"](x_hat)
+    _, features = networks["discriminator"](torch.cat([x, x_hat]))  # weights are read once
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
-    return Outputs(x, x_hat, z, z_hat, f, f_hat, logits)
+    return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 
 
 @dataclass

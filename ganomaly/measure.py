@@ -80,7 +80,8 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
     scored = time.perf_counter() - before
     phases = {title: 1000 * spent / config.steps for title, spent in inside.seconds.items()}
     # What is done at checkpoints, at the recipe's own interval
-    phases["Checkpoint"] *= config.checkpoint_every / recipe.checkpoint_every
+    for title in ("Look at what is learnt so far", "Checkpoint"):
+        phases[title] *= config.checkpoint_every / recipe.checkpoint_every
     return {
         **{title: ms for title, ms in phases.items() if title not in ONCE},
         "decoding, an image": 1000 * (decoded - begun) / len(paths),

@@ -36,7 +36,7 @@ from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
 from ganomaly.training import resolve_amp, train
 
-LOOK = 1000  # test images of a kind that a look scores
+LOOK = 1000  # images of a kind that a look scores
 PAUSE = 2  # seconds, while other processes are at all that is left
 SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32
 
@@ -275,9 +275,9 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
 def look(
     config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
 ) -> dict[str, float]:
-    """AUROC of every score in the middle of training, on up to LOOK test images of a kind."""
+    """AUROC of every score in the middle of training, on up to LOOK images of a kind."""
     detector = Detector(copy.deepcopy(networks), config, device, scale)
-    detector.calibrate(category.calibration)
+    detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK)])
     picked = samples_of(category.test_labels, LOOK)
     scores = detector.scores(category.test[picked])
     labels = category.test_labels[picked]
@@ -295,8 +295,12 @@ def write_samples(run: Run, detector: Detector, category: Category) -> None:
 def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
     """Indices of up to `most` good and `most` defective images, evenly spread."""
     groups = [np.flatnonzero(labels == label) for label in (0, 1)]
-    picks = [g[np.unique(np.linspace(0, len(g) - 1, most).round().astype(int))] for g in groups]
-    return np.concatenate(picks)
+    return np.concatenate([group[evenly(len(group), most)] for group in groups])
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """Up to `most` of n indices, evenly spread."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
 
 
 def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:

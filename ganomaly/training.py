@@ -167,9 +167,11 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             sums.zero_()
         run.progress.update()
 
-        # Checkpoint; after the look, as a run that is killed in between looks again
+        # Look at what is learnt so far; first, as a run that is killed behind it looks again
         if save:
             run.preview(step, {**networks, **averages}, scale)
+
+            # Checkpoint
             state = {name: part.state_dict() for name, part in parts.items()}
             run.save(
                 {**state, "images": fingerprint, "sums": sums, "step": step, "seconds": elapsed}
