@@ -732,6 +732,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(script, parts, fifte
     assert code == 0 and out.count("train 6 steps") == 2 and not (tmp_path / "b").exists()
     code, out, _ = script("ablate", *words, "--seeds", "1", "--only", "base", "no encoder loss")
     assert code == 0 and out.count("train 6 steps") == 4 and not (tmp_path / "b").exists()
+    words = ["--dataset=mnist", "--data-root", tmp_path / "b", "--experiment=x", "--dry-run"]
+    code, out, _ = script("benchmark", *words, "--download")  # MNIST is what it would download
+    assert code == 0 and out.count("train 11800 steps") == 10 and not (tmp_path / "b").exists()
+    assert script("benchmark", *words)[0] == 2
 
 
 # Several processes
