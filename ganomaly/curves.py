@@ -83,8 +83,8 @@ def panel(category: str, curves: list[dict], colour: dict[str, str]) -> str:
         for t in ticks
     ]
     out += [
-        f'<text x="{s / last * w:.1f}" y="{h + 15}" text-anchor="middle">{s}</text>'
-        for s in (0, last // 2, last)
+        f'<text x="{s / last * w:.1f}" y="{h + 15}" text-anchor="{anchor}">{s}</text>'
+        for s, anchor in ((0, "start"), (last // 2, "middle"), (last, "end"))
     ]
     for name in colour:
         seeds = [curve[name] for curve in curves if name in curve]
