@@ -24,7 +24,14 @@ from torch import Tensor
 from ganomaly.config import Config, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import locked
-from ganomaly.images import SUFFIXES, image_files, note_others, read_images, to_pixels
+from ganomaly.images import (
+    SUFFIXES,
+    check_memory,
+    image_files,
+    note_others,
+    read_images,
+    to_pixels,
+)
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -267,18 +274,20 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     check_train_size(n_train, config, config.dataset)
     train, test_good = shuffled[:n_train].sort().values, shuffled[n_train:].sort().values
     test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
-    pixels = torch.from_numpy(
-        np.stack(
-            [to_pixels(Image.fromarray(a), config.image_size, config.channels) for a in images]
-        )
-    )
     kept, held_out = split_calibration(n_train, config)
+    # In the order in which they are cut apart, so that no part is a copy
+    order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
+    check_memory(len(order), config.image_size, config.channels)
+    pixels = torch.empty((len(order), config.channels, *[config.image_size] * 2), dtype=torch.uint8)
+    for place, i in zip(pixels, order):
+        image = to_pixels(Image.fromarray(images[i]), config.image_size, config.channels)
+        place.copy_(torch.from_numpy(image))
     labels = (classes[test] == anomaly).astype(np.int64)
     return Category(
         name=config.category,
-        train=pixels[train[kept]],
-        calibration=pixels[train[held_out]],
-        test=pixels[torch.from_numpy(test)],
+        train=pixels[: len(kept)],
+        calibration=pixels[len(kept) : n_train],
+        test=pixels[n_train:],
         test_labels=labels,
         test_defects=[names[anomaly] if label else "good" for label in labels],
         test_paths=[f"{names[classes[i]]}/{i:05d}" for i in test],

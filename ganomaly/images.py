@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import warnings
 from collections import Counter, deque
@@ -12,13 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import (
+    Image,
+    ImageOps,
+    TiffImagePlugin,  # noqa: F401, makes a format known
+    WebPImagePlugin,  # noqa: F401
+)
 from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# What a file may be, whatever its name; other readers of Pillow's are rare, one starts Ghostscript
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
 AHEAD = 256  # images decoded before they are asked for
 
@@ -64,14 +70,16 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
     """uint8 (C, S, S), or the reason why the file cannot be read."""
     try:
-        with Image.open(path) as image:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            return "not a file"
+        with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels)
     except Image.UnidentifiedImageError:
         return "empty file" if path.stat().st_size == 0 else "not an image"
-    except (
-        OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError
-    ) as error:  # fmt: skip
-        return getattr(error, "strerror", None) or str(error)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def decode(paths: list[Path], image_size: int, channels: int):
@@ -89,23 +97,33 @@ def decode(paths: list[Path], image_size: int, channels: int):
             pool.shutdown(cancel_futures=True)
 
 
-def free_memory() -> int | None:
+def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take; None where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, StopIteration):
         return None
-    try:  # a container's limit
-        group = Path("/sys/fs/cgroup")
-        limit, used, stat = (
-            (group / f"memory.{name}").read_text() for name in ("max", "current", "stat")
-        )
-        # Cached files are counted as used, and go where memory is asked for
-        cached = sum(int(x.split()[1]) for x in stat.splitlines() if x.split()[0].endswith("_file"))
-        return max(0, min(free, int(limit) - int(used) + cached))
-    except (OSError, ValueError, IndexError):
-        return free
+    # Limits of a container or a batch job: its own, and those of the groups around it
+    for line in groups:
+        _, controllers, inside = line.split(":", 2)
+        names, top = ("max", "current"), root / "sys/fs/cgroup"
+        if "memory" in controllers.split(","):  # version 1
+            names, top = ("limit_in_bytes", "usage_in_bytes"), top / "memory"
+        elif controllers:
+            continue
+        place = top / inside.lstrip("/")
+        for group in (place, *(p for p in place.parents if p.is_relative_to(top))):
+            try:
+                limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
+                stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no limit there
+                continue
+            # Cached files are counted as used, and go where memory is asked for
+            cached = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+            free = max(0, min(free, limit - used + cached))
+    return free
 
 
 def check_memory(n: int, image_size: int, channels: int) -> None:
@@ -113,12 +131,13 @@ def check_memory(n: int, image_size: int, channels: int) -> None:
     needed, free = n * channels * image_size**2, free_memory()
     if free is None or needed <= free:
         return
-    fitting = image_size
-    while n * channels * fitting**2 > free and fitting > 32:
-        fitting //= 2
-    mends = [f"--image-size {fitting} takes {n * channels * fitting**2 / 1e9:.1f}"]
+    mends = [f"{free // (needed // n)} of them fit"]
+    for size in (s for s in (512, 256, 128, 64, 32) if s < image_size):
+        if (smaller := n * channels * size**2) <= free:
+            mends.append(f"--image-size {size} takes {smaller / 1e9:.1f}")
+            break
     if channels > 1:
-        mends.append("--channels 1 a third of either")
+        mends.append("--channels 1 a third")
     raise UserError(
         f"{n} images of {channels} x {image_size} x {image_size} take {needed / 1e9:.1f} GB of "
         f"memory, {free / 1e9:.1f} GB are free; {', '.join(mends)}"

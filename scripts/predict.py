@@ -145,9 +145,9 @@ def is_heatmap(path: Path) -> bool:
     from ganomaly.pictures import SIDE
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return image.size == (3 * SIDE, SIDE)
-    except OSError:
+    except Exception:  # damaged, or anything else
         return False
 
 

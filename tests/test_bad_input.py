@@ -78,6 +78,8 @@ IMAGES = [
     ("page.jpg", b"<!doctype html><title>404</title>", "not an image"),
     ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     ("nulls.bmp", bytes(5000), "not an image"),
+    ("texture.png", b"DDS " + struct.pack("<31I", 124, *[9] * 30), "not an image"),
+    ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an"),
     ("magic.png", b"\x89PNG\r\n\x1a\n", "not an image"),
     ("magic.jpg", b"\xff\xd8\xff\xe0", "not an image"),
     ("cut.png", bytes_of("png")[:900], "truncated"),
@@ -155,6 +157,8 @@ def test_every_image_is_a_row_whatever_is_in_it(script, finished, tmp_path):
     shutil.copytree(finished / "images/parts/train/good", tmp_path / "parts/train/good")
     for name, content, _ in IMAGES:
         (tmp_path / "parts/train/good" / name).write_bytes(content)
+    os.mkfifo(tmp_path / "parts/train/good/pipe.png")
+    bad.append("pipe.png (not a file)")
     code, _, err = script("train", *train_words(tmp_path, tmp_path / "runs"))
     line = next(x for x in err.splitlines() if x.startswith("error: "))
     assert code == 2 and f"{len(bad)} images cannot be read" in line

@@ -477,8 +477,13 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypa
     monkeypatch.setattr(images, "free_memory", lambda: needed - 1)
     with pytest.raises(UserError) as error:
         data.load(config, parts)
-    told = "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; --image-size 128"
-    assert told in str(error.value) and "--channels 1" in str(error.value)
+    told = "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; 32 of them fit, "
+    assert told + "--image-size 128" in str(error.value) and "--channels 1" in str(error.value)
+    monkeypatch.setattr(images, "free_memory", lambda: 33 * 32 * 32)
+    with pytest.raises(UserError, match="fit, --channels 1 a third$"):  # no size would do
+        data.load(config, parts)
+    with pytest.raises(UserError, match="1797 images of 1 x 64 x 64 take"):
+        data.load(resolve({"image_size": 64}), None)
     monkeypatch.setattr(images, "free_memory", lambda: needed)
     with pytest.raises(TypeError):  # it goes on to decode
         data.load(config, parts)
@@ -489,6 +494,30 @@ def test_free_memory_is_what_the_system_says():
     if free is None:
         pytest.skip("this system does not say")
     assert 10**7 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    "line, place, limit, used",
+    [
+        ("0::/", "sys/fs/cgroup", "max", "current"),
+        ("0::/batch/job", "sys/fs/cgroup/batch", "max", "current"),
+        ("5:cpu,memory:/job", "sys/fs/cgroup/memory/job", "limit_in_bytes", "usage_in_bytes"),
+    ],
+)
+def test_a_containers_limit_is_seen_in_every_group_around(line, place, limit, used, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/elsewhere\n{line}\n")
+    assert images.free_memory(tmp_path) == 8000 * 1024
+    group = tmp_path / place
+    group.mkdir(parents=True)
+    (group / f"memory.{limit}").write_text("5000000\n")
+    (group / f"memory.{used}").write_text("3000000\n")
+    stat = "active_file 100000\ninactive_file 200000\nworkingset_refault_file 7\n"
+    (group / "memory.stat").write_text(stat)
+    assert images.free_memory(tmp_path) == 5_000_000 - 3_000_000 + 300_000
+    (group / f"memory.{limit}").write_text("max\n")
+    assert images.free_memory(tmp_path) == 8000 * 1024
 
 
 def test_no_part_of_a_category_is_a_copy(parts):
