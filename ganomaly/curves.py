@@ -24,11 +24,16 @@ STYLE = (
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """A run's curve.csv: a row a look; none where there is no such file yet."""
-    if not path.is_file():
+    """A run's curve.csv: a row a look; none where there is no such file, or a damaged one."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row["step"])
+            [float(value) for value in row.values()]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return rows
 
 
 def read(path: Path) -> dict[str, dict[int, float]]:

@@ -25,7 +25,14 @@ from ganomaly.config import Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
 from ganomaly.pictures import png
-from ganomaly.results import METRICS, csv_text, results_csv, results_md
+from ganomaly.results import (
+    COUNTS,
+    FIGURES,
+    METRICS,
+    csv_text,
+    results_csv,
+    results_md,
+)
 
 # A run's files; of a killed process, then in the order in which a run is taken back: what is left
 # half removed is neither finished nor goes on under another config.
@@ -33,6 +40,7 @@ OURS = (
     ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
     "curve.csv", "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
 )  # fmt: skip
+TABLES = ("results.csv", "results.md", "curves.svg")
 SCRATCH = "local"  # the experiment of make train: runs of any config, ignored by git
 SEED = 42  # of a recipe's config.json
 
@@ -46,9 +54,8 @@ class Run:
         self.folder = experiment / category / f"seed{config.seed}"
         self.progress: tqdm = tqdm(disable=True)  # the caller's bar, where there is one
         self.preview_images: Tensor | None = None  # uint8, for TensorBoard's reconstructions
-        self.look: Callable | None = (
-            None  # networks, scale -> {score: AUROC}, where there is a test set
-        )
+        # networks, scale -> {score: AUROC}, where there is a test set
+        self.look: Callable | None = None
         self.board = None
         self.step = 0  # of the last checkpoint
 
@@ -71,9 +78,11 @@ class Run:
         return f"{self.folder}: train {self.config.steps} steps"
 
     def check(self) -> None:
-        """UserError where the folder holds a run of another config."""
+        """UserError where the folder holds a run of another config, or of one that is gone."""
         if self.path("config.json").is_file():
             self.compare(configuration.load(self.path("config.json")))
+        elif any(self.path(name).exists() for name in ("metrics.json", "model.pt", "last.pt")):
+            raise UserError(f"{self.path('config.json')} is gone; --force trains this run anew")
 
     def compare(self, theirs: Config) -> None:
         if changed := configuration.differences(self.config, theirs):
@@ -84,7 +93,7 @@ class Run:
 
     def begin(self, anew: bool) -> None:
         """Make the folder ready: nothing of an older run where `anew`."""
-        for pattern in OURS if anew else OURS[:1]:
+        for pattern in OURS if anew else OURS[:2]:  # a model without metrics is an older one
             for path in self.folder.glob(pattern):
                 path.unlink()
         write_atomic(self.path("config.json"), self.config.to_json())
@@ -97,8 +106,10 @@ class Run:
         if path.is_file():
             try:
                 state = read_torch(path)
-                theirs = state["config"]
-            except (ValueError, KeyError, TypeError):  # no archive, or not one of ours
+                theirs = configuration.from_json(state["config"], path)
+                if not {"seconds", "sums", "images"} <= state.keys() or state["step"] < 1:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
                 state = None
                 aside = path.with_name("last.damaged.pt")
                 os.replace(path, aside)
@@ -107,7 +118,7 @@ class Run:
                     file=sys.stderr,
                 )
         if state:
-            self.compare(configuration.from_json(theirs, path))
+            self.compare(theirs)
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
         self.step = step = state["step"] if state else 0
@@ -207,7 +218,7 @@ def kept_lines(path: Path, step: int) -> list[str]:
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.rstrip("\n") + "\n")
         except (ValueError, KeyError, TypeError):
             pass
     return kept
@@ -258,10 +269,16 @@ def recipe_of(config: Config) -> Config:
 
 
 def read_metrics(path: Path) -> dict:
+    """A run's metrics.json; UserError where it is not one that a run has written."""
+
+    def refused(constant: str):
+        raise ValueError(f"{constant} is no figure")
+
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
         missing = [key for key in METRICS if key not in metrics]
-    except (ValueError, TypeError) as error:
+        missing = missing or [key for key in METRICS if not of_its_kind(key, metrics[key])]
+    except (ValueError, TypeError, RecursionError) as error:
         missing = [str(error)]
     if missing:
         raise UserError(
@@ -271,21 +288,45 @@ def read_metrics(path: Path) -> dict:
     return metrics
 
 
+def of_its_kind(key: str, value) -> bool:
+    """Whether a value of metrics.json is of the type that a run writes."""
+    if key in ("category", "dataset", "score"):
+        return isinstance(value, str)
+    if key == "provenance":
+        return isinstance(value, dict)
+    if key == "scores":
+        return isinstance(value, dict) and all(of_its_kind(FIGURES[0], v) for v in value.values())
+    if key == "seed" or key in COUNTS:
+        return type(value) is int
+    return type(value) in (int, float) or (value is None and key in FIGURES)
+
+
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
     with locked(experiment, wait=True):  # the last of several processes writes what all have done
+        for pattern in TABLES:  # of a process that was killed as it wrote them
+            for path in experiment.glob(f".{pattern}.*.tmp"):
+                path.unlink()
         rebuild_results(experiment)
 
 
 def rebuild_results(experiment: Path) -> None:
-    found = {path: read_metrics(path) for path in experiment.glob("*/seed*/metrics.json")}
+    found, recipes = {}, []
+    for path in sorted(experiment.glob("*/seed*/metrics.json")):
+        try:
+            metrics = read_metrics(path)
+            recipes.append(recipe_of(configuration.load(path.with_name("config.json"))))
+            found[path] = metrics
+        except FileNotFoundError:  # another process is making this run anew
+            continue
+        except UserError as error:  # which is no reason to stop the others
+            print(f"warning: not in the tables of {experiment}: {error}", file=sys.stderr)
     runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
     # Means are of runs of one config; `local` may hold others.
-    recipes = [recipe_of(configuration.load(path.with_name("config.json"))) for path in found]
     alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
     looks: dict[str, list] = {}
     best = {}  # an oracle: what choosing the checkpoint on the test set would have given
-    for path, m in sorted(found.items()):
+    for path, m in found.items():
         if looked := curves.read(path.with_name("curve.csv")):
             looks.setdefault(path.parent.parent.name, []).append(looked)
             if m["score"] in looked:

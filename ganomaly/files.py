@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -26,8 +27,9 @@ class Busy(UserError):
 def locked(folder: Path, wait: bool = False):
     """Hold the folder's lock, which a process that dies does not leave behind.
 
-    Raises Busy at once where another process has it, unless `wait`. Leaves no file, and no folder
-    that it made where nothing came into it.
+    Raises Busy at once where another process has it, unless `wait`. A folder that it made and where
+    nothing came into it is taken back; else the lock's file stays, as network file systems give
+    those who wait for a file that was removed an error.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with naming(folder / LOCK):
@@ -36,16 +38,17 @@ def locked(folder: Path, wait: bool = False):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # not empty, or somebody else came
-                os.unlink(file.name)
-                for path in made:
-                    path.rmdir()
+            with contextlib.suppress(OSError):  # somebody else came
+                if made and os.listdir(folder) == [LOCK]:
+                    os.unlink(file.name)
+                    for path in made:
+                        path.rmdir()
 
 
 def lock_file(folder: Path, wait: bool):
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "a")
         except FileNotFoundError:  # the folder has just been removed
             continue
@@ -53,12 +56,13 @@ def lock_file(folder: Path, wait: bool):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
                 return file
-        except FileNotFoundError:  # its holder has removed it: that lock is worth nothing
-            pass
         except BlockingIOError:
             file.close()
             raise Busy(f"{folder}: another process is at work on this run") from None
-        file.close()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+        file.close()  # its holder has removed it: that lock is worth nothing
 
 
 @contextlib.contextmanager

@@ -326,6 +326,8 @@ def explained_images(
         use_threads(config.threads)
         if config.dataset in ("mvtec", "folder"):
             check_train_files(row, config, data_root)
+            if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
+                raise UserError("its scores.csv names files outside of the category's folder")
             files = [data.category_folder(config, data_root) / path for path in paths]
             pixels = read_images(files, config.image_size, config.channels)
             shown = read_images(files, pictures.SIDE, config.channels)

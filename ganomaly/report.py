@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ganomaly.errors import UserError
 from ganomaly.experiment import read_metrics
 
 W, H = 320, 180  # of a chart, pixels
@@ -52,8 +53,16 @@ def page(folder: Path, explain: Callable) -> str:
     explain(run's folder, metrics, paths) gives PNG pictures of test images, by their relative
     paths, or says in a sentence why it cannot.
     """
-    runs = {path.parent: read_metrics(path) for path in sorted(folder.glob("*/seed*/metrics.json"))}
-    runs = {run: m for run, m in runs.items() if m["auroc"] is not None}
+    missing: dict[str, None] = {}  # sentences
+    runs = {}
+    for path in sorted(folder.glob("*/seed*/metrics.json")):
+        try:
+            metrics = read_metrics(path)
+        except UserError as error:
+            missing[f"{error}."] = None
+            continue
+        if metrics["auroc"] is not None:
+            runs[path.parent] = metrics
     text = (folder / "results.md").read_text(encoding="utf-8") if runs else ""
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
@@ -61,19 +70,23 @@ def page(folder: Path, explain: Callable) -> str:
         f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
         from_markdown(text) if runs else f"<h1>{escape(folder.name)}</h1><p>No evaluated runs.",
     ]
-    origins = {(m["provenance"]["command"], m["provenance"]["commit"]) for m in runs.values()}
-    for command, commit in sorted(origins, key=str):
-        out.append(f"<p class=dim><code>{escape(command)}</code>, commit {escape(str(commit))}")
+    origins = [m["provenance"] for m in runs.values()]
+    origins = {tuple(str(origin.get(key)) for key in ("command", "commit")) for origin in origins}
+    for command, commit in sorted(origins):
+        out.append(f"<p class=dim><code>{escape(command)}</code>, commit {escape(commit)}")
     if any(folder.glob("*/seed*/curve.csv")) and (folder / "curves.svg").is_file():
         picture = (folder / "curves.svg").read_bytes()
         out.append(
             f"<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
             f'<p class=wide><img alt="AUROC by step" src="{inline(picture, "svg+xml")}">'
         )
-    missing: dict[str, None] = {}
     for category in dict.fromkeys(run.parent for run in runs):
         seeds = {run: m for run, m in runs.items() if run.parent == category}
-        out += section(category.name, seeds, explain, missing)
+        try:
+            out += section(category.name, seeds, explain, missing)
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            names = f"{category.name}: scores.csv or log.jsonl of a run is gone or damaged"
+            missing[f"{names} ({error}); make evaluate writes scores.csv again."] = None
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
     return "\n".join(out) + "\n"
@@ -88,8 +101,8 @@ def section(category: str, seeds: dict[Path, dict], explain: Callable, missing: 
     rocs = [roc(*each[:2]) for each in read]
     chart = histogram(labels, scores, m["threshold"])
     charts = [
-        (chart, f"Score {m['score']} of seed {m['seed']}: <span class=key><b class=g>good</b> and "
-         f"<b class=b>defective</b></span> test images, the threshold dashed"),
+        (chart, f"Score {escape(m['score'])} of seed {m['seed']}: <span class=key><b class=g>good"
+         "</b> and <b class=b>defective</b></span> test images, the threshold dashed"),
         (roc_chart(rocs), f"ROC, {len(rocs)} seed{'s' * (len(rocs) > 1)}: true against false "
          f"alarms; AUROC {np.mean([one['auroc'] for one in seeds.values()]):.3f}"),
     ]  # fmt: skip
@@ -152,9 +165,9 @@ def from_markdown(text: str) -> str:
     out: list[str] = []
     for block in text.strip().split("\n\n"):
         lines = block.splitlines()
-        if lines[0].startswith("# "):
+        if block.startswith("# "):
             out.append(f"<h1>{escape(lines[0][2:])}</h1>")
-        elif lines[0].startswith("|"):
+        elif block.startswith("|"):
             rows = [escape(x.strip("| ").replace("\\|", "&#124;"), False).replace("&amp;#", "&#")
                     .split(" | ") for x in lines if not x.startswith("|---")]  # fmt: skip
             cells = ["".join(f"<td>{cell.strip()}" for cell in row) for row in rows]

@@ -91,7 +91,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                 if state[name]:  # empty: a scaler that was not needed
                     part.load_state_dict(state[name])
             sums.copy_(state["sums"])
-        except (KeyError, RuntimeError, ValueError):
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
             raise UserError(
                 "the checkpoint is of other code or another kind of device; --force starts anew"
             ) from None

@@ -202,7 +202,7 @@ DAMAGES = [
     ("config cut", lambda f: cut(f / "config.json"), "train", "not a JSON config"),
     ("config of another version", lambda f: edit(f / "config.json", depth=3), "train", "depth"),
     ("config edited", lambda f: edit(f / "config.json", lr=0.5), "train", "lr (0.5 there"),
-    ("config gone", lambda f: (f / "config.json").unlink(), "train", "no such config"),
+    ("config gone", lambda f: (f / "config.json").unlink(), "train", "config.json is gone"),
     ("log cut", lambda f: cut(f / "log.jsonl", 7), "train", None),
     ("curve cut", lambda f: cut(f / "curve.csv", 9), "train", None),
 ]  # fmt: skip
@@ -214,6 +214,8 @@ CHECKPOINTS = [
     ("a bit flipped", lambda p: p.write_bytes(flipped(p.read_bytes()))),
     ("foreign", foreign),
     ("a list", lambda p: torch.save([1, 2, 3], p)),
+    ("a config alone", lambda p: torch.save({"config": p.with_name("config.json").read_text()}, p)),
+    ("no config", lambda p: torch.save({"config": 3, "step": 4}, p)),
 ]
 
 

@@ -171,13 +171,46 @@ def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
         experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="cifar10"))
 
 
-def test_edited_metrics_are_refused_by_name(tmp_path):
+EDITED = [
+    "", "[]", "{}", '{"category": "bottle", "seed": 42}', "3", "[" * 100_000,
+    *(json.dumps(run_metrics("bottle", **changes)) for changes in (
+        {"auroc": "0.5"}, {"auroc": float("nan")}, {"threshold": None}, {"seed": 1.5},
+        {"scores": None}, {"scores": {"latent": "high"}}, {"provenance": []}, {"n_train": None},
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EDITED, ids=range(len(EDITED)))
+def test_edited_metrics_are_refused_by_name_and_cost_the_other_runs_nothing(tmp_path, capsys, text):
+    for category in ("bottle", "cable"):
+        folder = tmp_path / category / "seed42"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(run_metrics(category)))
+        (folder / "config.json").write_text(Config().to_json())
+    experiment.write_results(tmp_path)
+    assert "| bottle |" in (tmp_path / "results.md").read_text() and not capsys.readouterr().err
     path = tmp_path / "bottle" / "seed42" / "metrics.json"
-    path.parent.mkdir(parents=True)
-    for text in ("", "[]", "{}", '{"category": "bottle", "seed": 42}', "3"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="metrics.json"):
-            experiment.write_results(tmp_path)
+    path.write_text(text)
+    with pytest.raises(UserError, match="metrics.json"):
+        experiment.read_metrics(path)
+    experiment.write_results(tmp_path)
+    assert f"{path}: not a complete metrics.json" in capsys.readouterr().err
+    table = (tmp_path / "results.md").read_text()
+    assert "| cable |" in table and "bottle" not in table
+
+
+def test_a_damaged_curve_is_no_curve(tmp_path):
+    folder = tmp_path / "bottle" / "seed42"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(run_metrics("bottle")))
+    (folder / "config.json").write_text(Config().to_json())
+    for text in ("step,latent\n1", "step,latent\n1,x\n", "step,latent\n1,.5,.6\n", "a,b\n1,2\n"):
+        (folder / "curve.csv").write_text(text)
+        experiment.write_results(tmp_path)
+        assert not (tmp_path / "curves.svg").exists()
+    (folder / "curve.csv").write_text("step,latent\n1,.5\n")
+    experiment.write_results(tmp_path)
+    assert (tmp_path / "curves.svg").exists()
 
 
 def test_a_recorded_command_has_no_path_of_the_machine():

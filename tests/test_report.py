@@ -86,6 +86,30 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     assert "no folder" in page.text and SENTENCE not in page.text
 
 
+def test_a_damaged_folder_is_told_and_injects_nothing(script, experiment, tmp_path):
+    root, name = experiment
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    first, second = sorted((tmp_path / "runs" / "mine" / name).glob("seed*"))
+    text = (first / "metrics.json").read_text().replace('"latent"', '"<img src=x onerror=y>"')
+    (first / "metrics.json").write_text(text)
+    (first / "scores.csv").write_text(
+        (first / "scores.csv").read_text().replace("latent,", "<img src=x onerror=y>,", 1)
+    )
+    page = written(script, tmp_path)
+    assert "x" not in page.sources and "<img src=x onerror=y>" in page.text
+    (first / "scores.csv").write_text("path,label\n" + (first / "scores.csv").read_text()[20:90])
+    (second / "metrics.json").write_text("{")
+    page = written(script, tmp_path)
+    assert "gone or damaged" in page.text and "not a complete metrics.json" in page.text
+    shutil.copy(root / "runs" / "mine" / name / "seed42" / "metrics.json", first)
+    scores = (root / "runs" / "mine" / name / "seed42" / "scores.csv").read_text()
+    (first / "scores.csv").write_text(scores.replace("test/", "../../"))
+    page = written(script, tmp_path, "--data-root", root / "images")
+    assert "names files outside of the category's folder" in page.text
+    (tmp_path / "runs" / "mine" / "results.md").write_text("")
+    written(script, tmp_path)
+
+
 def test_nothing_to_report_on_is_refused(script, tmp_path):
     code, _, err = script("report", "--experiments-dir", tmp_path)
     assert code == 2 and "no finished run there" in err
