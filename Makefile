@@ -38,14 +38,14 @@ train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT=
 # With WORKERS torchrun starts that many processes, which share the runs; where one dies all start
 # again and go on. What none of them could do is then told once, by the exit code too.
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT= WORKERS=
-	@$(if $(WORKERS),$(PYTHON) $(words_of_benchmark) --dry-run >/dev/null && OMP_NUM_THREADS=1 $(PYTHON) -m \
+	@$(if $(WORKERS),{ WORLD_SIZE="$(WORKERS)" $(PYTHON) $(words_of_benchmark) --dry-run >/dev/null || \
+		[ $$? = 1 ]; } && OMP_NUM_THREADS=1 $(PYTHON) -m \
 		torch.distributed.run --standalone --nproc-per-node "$(WORKERS)" --max-restarts 3 \
 		$(words_of_benchmark) &&) $(PYTHON) $(words_of_benchmark)
 
-ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= EXPERIMENT= ARGS=
-	@$(PYTHON) scripts/ablate.py $(call flag,RECIPE,--recipe) $(call flag,DATASET,--dataset) \
-		$(call flag,EXPERIMENT,--experiment) $(call flags,CATEGORIES,--categories) \
-		$(call flags,SEEDS,--seeds) $(place)
+ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= DATASET= EXPERIMENT=
+	@$(PYTHON) scripts/ablate.py $(call flag,RECIPE,--recipe) $(which) \
+		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
 
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)

@@ -127,8 +127,13 @@ def checked_quantile(args: argparse.Namespace) -> float | None:
     return None if args.quantile is None else checked(FIELDS["quantile"], args.quantile)
 
 
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """How to train: no part of a config either."""
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    parser.add_argument(
+        "--deterministic", action="store_true",
+        help="on CUDA the same bytes in every run, slower",
+    )  # fmt: skip
 
 
 def experiment_folder(args: argparse.Namespace, name: str) -> Path:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly.batches import to_input, to_pixels
 from ganomaly.config import Config
-from ganomaly.errors import UserError
+from ganomaly.errors import UserError, out_of_memory
 from ganomaly.files import read_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build
@@ -130,14 +130,12 @@ class Detector:
         parts = self.each(pixels, lambda o: raw_of(o, self.config.scores))
         scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
         raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
-        for name, values in {**raw.scores, "z - z_hat": raw.gaps}.items():
-            if not values.isfinite().all():
-                raise UserError(f"{name} is not finite: the training diverged, lower --lr")
+        check_finite({**raw.scores, "z - z_hat": raw.gaps})
         return raw
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return all_scores(self.raw(pixels), self.calibration.statistics)
+        return check_finite(all_scores(self.raw(pixels), self.calibration.statistics))
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
@@ -161,6 +159,13 @@ class Detector:
         }
 
 
+def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, values in named.items():
+        if not values.isfinite().all():
+            raise UserError(f"{name} is not finite: the training diverged, lower --lr")
+    return named
+
+
 def load_detector(path, device: torch.device) -> Detector:
     """The detector in a model.pt; UserError where the file is not one."""
     if not Path(path).exists():
@@ -181,7 +186,9 @@ def load_detector(path, device: torch.device) -> Detector:
         all_scores(nothing, calibration.statistics)  # raises where shapes or names don't fit
         if calibration.scores.keys() != set(config.scores):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
         ) from None

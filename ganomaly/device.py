@@ -10,14 +10,15 @@ from threadpoolctl import threadpool_limits
 from ganomaly.errors import UserError
 
 
-def use_device(name: str) -> torch.device:
+def use_device(name: str, deterministic: bool = False) -> torch.device:
     """auto: CUDA where there is one, else the CPU. UserError where there is no such device.
 
     A launcher's processes on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
+    `deterministic` leaves CUDA no algorithm whose sums are of changing order.
     """
-    if name == "auto":
-        n, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-        name = f"cuda:{rank % n}" if n else "cpu"
+    n = torch.cuda.device_count()
+    if name == "cuda" and n or name == "auto":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % n}" if n else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -27,6 +28,9 @@ def use_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
         torch.backends.cudnn.conv.fp32_precision = "ieee"

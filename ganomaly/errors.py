@@ -31,14 +31,25 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
         mend = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
         return f"{error.name} is not installed; {mend}"
-    # By name and text, so that nobody pays for importing torch to hear of a wrong flag.
-    if (
+    if out_of_memory(error):
+        return "out of memory: lower --image-size, --width or, in training, --batch-size"
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """By name and text, so that nobody pays for importing torch to hear of a wrong flag."""
+    texts = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+    return (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    ):
-        return "out of memory: halve --batch-size, or lower --image-size or --width"
-    return None
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+    )
+
+
+def exit_code(code: int) -> int:
+    """Under torchrun with restarts, 0 for what a restart of all workers would not mend."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return 0 if code in (1, 2) and restarts else code
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class Run:
         """UserError where the folder holds a run of another config, or of one that is gone."""
         if self.path("config.json").is_file():
             self.compare(configuration.load(self.path("config.json")))
-        elif any(self.path(name).exists() for name in ("metrics.json", "model.pt", "last.pt")):
+        elif self.finished:  # a checkpoint has a copy
             raise UserError(f"{self.path('config.json')} is gone; --force trains this run anew")
 
     def compare(self, theirs: Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ganomaly.errors import UserError, describe
+from ganomaly.errors import UserError, out_of_memory
 
 LOCK = ".lock"  # a file of its own: network file systems lock no folders
 
@@ -110,7 +110,7 @@ def read_torch(path: Path) -> dict:
         content.seek(0)
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever other bytes make torch raise
-        if (describe(error) or "").startswith("out of memory"):
+        if out_of_memory(error):
             raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
 

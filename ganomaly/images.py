@@ -70,8 +70,8 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
     """uint8 (C, S, S), or the reason why the file cannot be read."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            return "not a file"
+        if path.is_fifo():  # it would be waited for
+            return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels)
     except Image.UnidentifiedImageError:

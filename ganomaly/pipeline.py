@@ -28,17 +28,18 @@ from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
-from ganomaly.errors import UserError, describe
+from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked, write_atomic, write_json, write_torch
 from ganomaly.images import read_images
 from ganomaly.provenance import provenance
 from ganomaly.results import FIGURES
-from ganomaly.training import resolve_amp, train
+from ganomaly.training import Trained, resolve_amp, train
 
 LOOK = 1000  # images of a kind that a look scores
 PAUSE = 2  # seconds, while other processes are at all that is left
-SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32
+SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32,
+SOME_BYTES = 2**28  # where they take no more than this
 
 
 def run_of(config: Config, folder: Path, data_root: Path | None, device: torch.device) -> Run:
@@ -64,6 +65,23 @@ def plan(
     return told
 
 
+def plan_all(
+    jobs: dict[str, tuple[Config, Path]],
+    data_root: Path | None,
+    device: torch.device,
+    force: bool = False,
+) -> int:
+    """Print what run_all() would do; returns 1 where some of it would be refused, else 0."""
+    refused = 0
+    for name, (config, folder) in jobs.items():
+        try:
+            print(" ", plan(config, folder, data_root, device, force))
+        except UserError as error:
+            refused = 1
+            print(f"  {name}: refused, {error}")
+    return refused
+
+
 def run_one(
     config: Config,
     folder: Path,
@@ -77,8 +95,8 @@ def run_one(
     """Train and evaluate one config into the experiment's folder.
 
     Returns its metrics and whether there was anything to do: a finished run is left as it is
-    unless `force`, an unfinished one goes on from its checkpoint. Busy, a UserError, where another
-    process is at work on the same run.
+    unless `force`, an unfinished one goes on from its checkpoint. The experiment's tables are the
+    caller's to write. Busy, a UserError, where another process is at work on the same run.
     """
     use_threads(config.threads)
     run = run_of(config, folder, data_root, device)
@@ -96,7 +114,6 @@ def run_locked(
         if run.finished:
             before = experiment.read_metrics(run.path("metrics.json"))
             check_train_files(before, config, data_root)
-            experiment.write_results(folder)
             if progress is not None:
                 run.progress = progress
                 run.skip(config.steps)
@@ -113,7 +130,7 @@ def run_locked(
     )
     run.progress = own if progress is None else progress
     try:
-        trained = train(config, category.train, device, run)
+        trained = train_or_tell(config, category.train, device, run)
         own.close()
         detector = Detector(trained.networks, config, device, trained.scale)
         detector.calibrate(category.calibration)
@@ -126,7 +143,6 @@ def run_locked(
         after = assess(run, detector, category, training)
         # Last: with it the run is finished, and the metrics beside it are its own.
         write_torch(run.path("model.pt"), detector.state())
-        experiment.write_results(folder)
     except KeyboardInterrupt:
         goes_on = f"from step {run.step}" if run.step else "from the start"
         raise KeyboardInterrupt(f"the same command, without --force, goes on {goes_on}") from None
@@ -134,6 +150,22 @@ def run_locked(
         own.close()
         run.close()
     return after, True
+
+
+def train_or_tell(config: Config, images: Tensor, device: torch.device, run: Run) -> Trained:
+    """train(); where memory does not suffice, a UserError with what would take half."""
+    try:
+        return train(config, images, device, run)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        told, half = " ".join(str(error).split())[:200], config.batch_size // 2
+        mend = f"--batch-size {half} takes about half" if half else "lower --image-size or --width"
+        raise UserError(
+            f"out of memory with images of {config.image_size} pixels, width {config.width}, "
+            f"batches of {config.batch_size} ({told}): {mend}, which is another config, for "
+            "--force or another --experiment"
+        ) from None
 
 
 def run_all(
@@ -148,9 +180,11 @@ def run_all(
     """run_one() for every job, named, with its experiment's folder; returns what failed, and why.
 
     What another process is at is seen again when the rest is done, so that any number of these
-    processes share the work. `tell` makes the line that is printed of a run's metrics.
+    processes share the work, the longest first. `tell` makes the line that is printed of a run's
+    metrics. Tables are written when all is done, and before as long as that takes little time.
     """
-    failed, waiting, others, done = {}, deque(jobs), 0, 0
+    failed, others, done, tables = {}, 0, 0, Tables()
+    waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
         while waiting:
@@ -162,6 +196,7 @@ def run_all(
                     config, folder, data_root, device,
                     force=force, download=download, progress=bar,
                 )  # fmt: skip
+                tables.write(folder, at_once=False)
                 bar.write(f"{name}: {tell(metrics)}" + ("" if trained else " (done before)"))
             except Busy:
                 waiting.append(name)
@@ -179,9 +214,24 @@ def run_all(
             done += config.steps  # also of a run that stopped half way
             bar.n = bar.last_print_n = done
             bar.refresh()
+    for folder in {folder for _, folder in jobs.values() if folder.is_dir()}:
+        tables.write(folder, at_once=True)
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     return failed
+
+
+class Tables:
+    """Writes experiments' tables, which takes longer with each run, in a tenth of the time."""
+
+    def __init__(self):
+        self.begun, self.seconds = time.perf_counter(), 0.0
+
+    def write(self, folder: Path, at_once: bool) -> None:
+        begun = time.perf_counter()
+        if at_once or self.seconds <= 0.1 * (begun - self.begun):
+            experiment.write_results(folder)
+            self.seconds += time.perf_counter() - begun
 
 
 def check_train_files(row: dict, config: Config, data_root: Path | None) -> None:
@@ -232,14 +282,15 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     if not len(labels):
         figures = dict.fromkeys(FIGURES)
         return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
+    some = max(41, min(SOME, SOME_BYTES // (4 * category.test[0].numel())))
     as_numpy = {name: values.numpy() for name, values in scores.items()}
     each = {name: metrics.auroc(labels, values) for name, values in as_numpy.items()}
     return {
         **metrics.evaluate(labels, as_numpy[config.score], threshold),
         "threshold": threshold,
         **metrics.controls(
-            seen(category.train[:: len(category.train) // SOME + 1], scale),
-            (seen(part, scale) for part in category.test.split(SOME)),
+            seen(category.train[:: len(category.train) // some + 1], scale),
+            (seen(part, scale) for part in category.test.split(some)),
             labels,
         ),
         "auroc_brightness_raw": metrics.auroc(labels, metrics.brightness(category.test.numpy()))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder, recipe_values
+from ganomaly.cli import Parser, add_place_flags, add_run_flags, experiment_folder, recipe_values
 from ganomaly.config import Config, resolve
-from ganomaly.errors import UserError, guard, leaving_at_once
+from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
 ABLATIONS = [
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
-    add_dry_run(parser)
+    add_run_flags(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
@@ -54,22 +54,26 @@ def main(argv=None) -> int:
         from ganomaly import data, pipeline
         from ganomaly.device import use_device
 
-    categories = args.categories or data.categories_of(recipe, args.data_root)
-    device = use_device(args.device)
-    chosen = [(name, changes) for name, changes in ABLATIONS if name in (args.only or names)]
+    one = [args.category] if args.category else None
+    categories = args.categories or one or data.categories_of(recipe, args.data_root)
+    device = use_device(args.device, args.deterministic)
+    recipe = pipeline.resolved(recipe, device)
+    chosen = {name: changed(recipe, changes) for name, changes in ABLATIONS}
+    chosen = {name: config for name, config in chosen.items() if name in (args.only or names)}
+    if same := [n for n, config in chosen.items() if config == recipe and n != "base"]:
+        print(f"note: the recipe is without these as it is: {', '.join(same)}", file=sys.stderr)
     jobs = {
         f"{name}, {category} seed {seed}": (
-            changed(recipe, changes).replace(category=category, seed=seed),
+            config.replace(category=category, seed=seed),
             folder / slug(name),
         )
         for seed in args.seeds or [recipe.seed]
-        for name, changes in chosen
+        for name, config in chosen.items()
         for category in categories
+        if name not in same
     }
     if args.dry_run:
-        for config, place in jobs.values():
-            print(pipeline.plan(config, place, args.data_root, device, False))
-        return 0
+        return pipeline.plan_all(jobs, args.data_root, device)
 
     def tell(metrics: dict) -> str:
         write_tables(folder)
@@ -160,4 +164,4 @@ def markdown(runs: dict, scores: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(exit_code(guard(main)))

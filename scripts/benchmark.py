@@ -1,9 +1,8 @@
 """Train and evaluate one recipe over many categories and seeds; write one table.
 
 The recipe is experiments/<recipe>/config.json, or --config FILE; flags change it. Finished runs
-are left alone, unfinished ones go on. A category that fails is told at the end, the others are
-done, and the exit code is 1. Any number of these processes share the work, on one machine or on a
-shared file system: each takes what no other is at.
+are left alone, unfinished ones go on; those that fail are told at the end, with exit code 1. Any
+number of these processes share the work, on one machine or over a shared file system.
 """
 
 import os
@@ -12,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_dry_run, add_place_flags, experiment_folder, recipe_values
-from ganomaly.config import Config, resolve
-from ganomaly.errors import UserError, guard, leaving_at_once
+from ganomaly.cli import Parser, add_place_flags, add_run_flags, experiment_folder, recipe_values
+from ganomaly.config import resolve
+from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
@@ -25,13 +24,13 @@ def main(argv=None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
     parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
-    add_dry_run(parser)
+    add_run_flags(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
     base = resolve({**recipe_values(parser, args), "category": None})
     folder = experiment_folder(args, args.experiment or args.recipe)
-    if args.force and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
         raise UserError("--force: each worker would train what another has just finished; one does")
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
@@ -50,26 +49,23 @@ def main(argv=None) -> int:
             f"The first: {next(iter(missing.values()))}"
         )
     categories = [name for name in categories if name not in missing]
-    jobs: list[Config] = [
-        base.replace(category=category, seed=seed)
+    jobs = {
+        f"{category} seed {seed}": (base.replace(category=category, seed=seed), folder)
         for seed in args.seeds or [base.seed]
         for category in categories
-    ]
+    }
     if not jobs:
         raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
-    device = use_device(args.device)
+    device = use_device(args.device, args.deterministic)
     experiment.check_recipe(folder, pipeline.resolved(base, device))
 
     if args.dry_run:
         print(pipeline.resolved(base, device).to_json() + "would:")
-        for config in jobs:
-            print(" ", pipeline.plan(config, folder, args.data_root, device, args.force))
-        return 0
+        return pipeline.plan_all(jobs, args.data_root, device, args.force)
 
     failed = pipeline.run_all(
-        {f"{config.category} seed {config.seed}": (config, folder) for config in jobs},
-        args.data_root, device, line_of, force=args.force, download=args.download,
-    )  # fmt: skip
+        jobs, args.data_root, device, line_of, force=args.force, download=args.download
+    )
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
     # Of a launcher's processes one tells the end; none gets here before all is done
@@ -87,6 +83,4 @@ def line_of(metrics: dict) -> str:
 
 
 if __name__ == "__main__":
-    code = guard(main)
-    # torchrun would start all workers again, which mends neither a refusal nor an unreadable image
-    sys.exit(0 if code in (1, 2) and "TORCHELASTIC_RUN_ID" in os.environ else code)
+    sys.exit(exit_code(guard(main)))

@@ -25,12 +25,23 @@ def main(argv=None) -> int:
     folder = experiment_folder(args, args.experiment)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import data, experiment, pipeline, results
-        from ganomaly.detector import load_detector
-        from ganomaly.device import use_device, use_threads
+        from ganomaly import data, experiment
         from ganomaly.files import locked
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
+    with locked(run.folder):  # before it is read: another process may be training it anew
+        told = again(run, given, args)
+    experiment.write_results(folder)
+    print(told)
+    return 0
+
+
+def again(run, given: dict, args) -> str:
+    """Score the run; returns what is to be said of it."""
+    from ganomaly import data, experiment, pipeline, results
+    from ganomaly.detector import load_detector
+    from ganomaly.device import use_device, use_threads
+
     if not run.finished:
         raise UserError(
             f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
@@ -46,13 +57,10 @@ def main(argv=None) -> int:
     pipeline.check_train_files(before, config, args.data_root)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
-    with locked(run.folder):
-        metrics = pipeline.assess(run, detector, category, training)
-    experiment.write_results(folder)
-    print(results.summary(metrics, config.quantile))
+    metrics = pipeline.assess(run, detector, category, training)
     changed = [key for key in metrics if metrics[key] != before[key]]
-    print("  changed   " + (", ".join(changed) or "nothing: the numbers are those of the run"))
-    return 0
+    told = ", ".join(changed) or "nothing: the numbers are those of the run"
+    return f"{results.summary(metrics, config.quantile)}\n  changed   {told}"
 
 
 if __name__ == "__main__":

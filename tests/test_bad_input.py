@@ -158,7 +158,7 @@ def test_every_image_is_a_row_whatever_is_in_it(script, finished, tmp_path):
     for name, content, _ in IMAGES:
         (tmp_path / "parts/train/good" / name).write_bytes(content)
     os.mkfifo(tmp_path / "parts/train/good/pipe.png")
-    bad.append("pipe.png (not a file)")
+    bad.append("pipe.png (a pipe")
     code, _, err = script("train", *train_words(tmp_path, tmp_path / "runs"))
     line = next(x for x in err.splitlines() if x.startswith("error: "))
     assert code == 2 and f"{len(bad)} images cannot be read" in line

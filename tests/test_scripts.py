@@ -22,6 +22,7 @@ from ganomaly import data, experiment, images, load, pipeline
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
+from ganomaly.errors import exit_code
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked
 from ganomaly.training import NAMES
@@ -738,7 +739,46 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(script, parts, fifte
     assert script("benchmark", *words)[0] == 2
 
 
+def test_a_dry_run_tells_what_would_be_refused_beside_the_rest(script, fifteen, tmp_path):
+    words = benchmark_words(fifteen, tmp_path, "--categories", "tile", "wood")
+    assert script("benchmark", *words)[0] == 0
+    config = folder_of(tmp_path, "tile", name="all") / "config.json"
+    config.write_text(config.read_text().replace('"width": 4', '"width": 5'))
+    code, out, _ = script("benchmark", *words, "--dry-run")
+    assert code == 1 and "finished, left alone" in out
+    assert "tile seed 42: refused, " in out and "width (5 there, 4 asked)" in out
+
+
 # Several processes
+
+
+def test_what_a_restart_does_not_mend_is_no_failure_to_a_launcher(script, parts, monkeypatch):
+    assert [exit_code(code) for code in (0, 1, 2, 130)] == [0, 1, 2, 130]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert [exit_code(code) for code in (0, 1, 2, 130)] == [0, 1, 2, 130]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert [exit_code(code) for code in (0, 1, 2, 130)] == [0, 0, 0, 130]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as make benchmark WORKERS=2 ARGS=--force looks first
+    code, _, err = script("benchmark", "--data-root", parts, "--force", "--dry-run")
+    assert code == 2 and "--force" in one_line_error(err)
+
+
+def test_tables_take_a_tenth_of_the_time_until_the_end(monkeypatch, tmp_path):
+    clock, written = [0.0], []
+
+    def write(folder):
+        written.append(folder)
+        clock[0] += 2.0  # seconds
+
+    monkeypatch.setattr(experiment, "write_results", write)
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock[0])
+    tables = pipeline.Tables()
+    for _ in range(60):  # runs of a second each
+        clock[0] += 1.0
+        tables.write(tmp_path, at_once=False)
+    assert 2 <= len(written) <= 5
+    tables.write(tmp_path, at_once=True)
+    assert written[-1] == tmp_path and 3 <= len(written) <= 6
 
 
 def holder(folder: Path, seconds=60) -> subprocess.Popen:
@@ -1055,6 +1095,14 @@ def test_an_ablation_that_fails_leaves_the_others_their_runs(script, parts, tmp_
         for name in ("base", "no encoder loss")
     ]
     assert "| no encoder loss |" in out and "untested" not in out
+
+
+def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_path):
+    words = ["--data-root", parts, "--experiments-dir", tmp_path, "--recipe=paper", "--dry-run"]
+    words += ["--dataset=folder", "--category=parts", "--seed=7"]
+    code, out, err = script("ablate", *words)
+    assert code == 0 and out.count("parts/seed7: train") == len(out.splitlines()) == 8
+    assert "images as they are, no comparator, no corruption, no comparator" in err
 
 
 def test_every_ablation_changes_the_recipe_and_none_twice_alike(ablate):
