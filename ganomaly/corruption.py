@@ -83,8 +83,7 @@ class Corruption:
         n, _, size, _ = x.shape
         alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
-        # A piece of another image or of itself
-        # Drawn where the images are
+        # A piece of another image, drawn where the images are, or of itself
         rng = self.rng if self.images.device == self.device else self.host
         picked = torch.randint(len(self.images), (n,), generator=rng, device=self.images.device)
         other = self.images[picked]

@@ -129,8 +129,8 @@ class Comparator(nn.Module):
     """x and x_hat, each (B, channels, S, S) -> logits (B, S, S) that x is corrupted there.
 
     A small U-Net (Ronneberger et al. 2015) from S/2 down to 8x8, which sees both images: DRAEM's
-    discriminative network (Zavrtanik et al., ICCV 2021) in a tenth of its width. Four pixels are
-    four channels of its input and output: layers at full size would take half of its time.
+    discriminative network (Zavrtanik et al., ICCV 2021), smaller. Four pixels are four channels of
+    its input and output: layers at full size would take half of its time.
     """
 
     def __init__(self, image_size: int, channels: int, width: int):

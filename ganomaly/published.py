@@ -1,6 +1,6 @@
 """Published GANomaly figures that results.md puts beside ours, as fractions; sources in the names.
 
-Protocols differ from ours and are stated where the source states them.
+No source states its protocol whole; all that is known of them differs from ours.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     """Statistics from all calibration images, scores from five folds.
 
     Each image's scores use statistics of the other four fifths: fitted and thresholded on the same
-    few images, a nominal 5 % of false alarms becomes most of them.
+    few images, a nominal 5 % of false alarms becomes far more.
     """
     n = len(raw.gaps)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

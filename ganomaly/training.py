@@ -107,8 +107,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             corrupted, mask = corruption(x[:n])
             x_in = torch.cat([corrupted, x[n:]])
 
-        # Forward pass: one serves both steps, as in the released code, so that D and G are each
-        # updated against the other's weights of before. BatchNorm statistics move once an image.
+        # Forward pass: one serves both steps, so that D and G are each updated against the other's
+        # weights of before, as in the released code. BatchNorm statistics move once an image.
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)
