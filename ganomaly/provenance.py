@@ -41,7 +41,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """HEAD when this process first asks, with +changes where its code differs; None outside of git."""
+    """HEAD when first asked, with +changes where the code differs; None outside of git."""
     try:
         head = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--", "ganomaly", "scripts", "requirements.txt")
