@@ -40,7 +40,8 @@ OURS = (
     ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
     "curve.csv", "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
 )  # fmt: skip
-TABLES = ("results.csv", "results.md", "curves.svg")
+# Files of an experiment, beside its runs
+SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
 SCRATCH = "local"  # the experiment of make train: runs of any config, ignored by git
 SEED = 42  # of a recipe's config.json
 
@@ -304,8 +305,8 @@ def of_its_kind(key: str, value) -> bool:
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
     with locked(experiment, wait=True):  # the last of several processes writes what all have done
-        for pattern in TABLES:  # of a process that was killed as it wrote them
-            for path in experiment.glob(f".{pattern}.*.tmp"):
+        for name in SHARED:  # what a process left that was killed as it wrote them
+            for path in experiment.glob(f".{name}.*.tmp"):
                 path.unlink()
         rebuild_results(experiment)
 

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,17 +33,17 @@ AHEAD = 256  # images decoded before they are asked for
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def suffix_of(path) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
 def image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    return sorted(p for p in folder.iterdir() if suffix_of(p) in SUFFIXES and p.name[0] != ".")
 
 
 def note_others(folder: Path, paths) -> None:
     """Say which files of a folder are not read for their suffix: .heic photographs, for one."""
-    found = Counter(suffix for p in paths if (suffix := p.suffix.lower()) in NOT_READ)
+    found = Counter(suffix for path in paths if (suffix := suffix_of(path)) in NOT_READ)
     if found:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(found.items()))
         print(f"note: not read in {folder}: {kinds}; convert them to png", file=sys.stderr)
@@ -67,8 +68,9 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
+def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray | str:
     """uint8 (C, S, S), or the reason why the file cannot be read."""
+    path = Path(path)
     try:
         if path.is_fifo():  # it would be waited for
             return "a pipe, not a file"
@@ -82,7 +84,7 @@ def read_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def decode(paths: list[Path], image_size: int, channels: int):
+def decode(paths: Iterable[str | Path], image_size: int, channels: int):
     """Yield read_image of every path, in order, decoded by threads a little ahead of the reader."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque = deque()

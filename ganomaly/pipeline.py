@@ -359,7 +359,9 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
     if not (folder / "results.md").is_file():
         experiment.write_results(folder)
     explain = partial(explained_images, data_root=data_root, device=device)
-    write_atomic(output, report.page(folder, explain))
+    page = report.page(folder, explain)
+    with locked(folder, wait=True):
+        write_atomic(output, page)
 
 
 def explained_images(

@@ -19,9 +19,9 @@ from ganomaly.cli import Parser, add_model_flags, checked_quantile
 from ganomaly.errors import UserError, guard, leaving_at_once
 
 
-class Item(NamedTuple):
-    path: Path
-    name: Path  # of its heat map: relative to the folder that was asked for
+class Item(NamedTuple):  # of text: of a hundred thousand images, a Path each is most of the memory
+    path: str
+    name: str  # of its heat map: relative to the folder that was asked for
 
 
 def main(argv=None) -> int:
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
     use_threads(detector.config.threads)
     above = detector.set_quantile(quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
-    check_output(args.output, [args.model, *(item.path for item in items)])
+    check_output(args.output, [str(args.model), *(item.path for item in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -79,7 +79,7 @@ def main(argv=None) -> int:
 
 def find_images(text: str) -> list[Item]:
     """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
-    from ganomaly.images import SUFFIXES, note_others
+    from ganomaly.images import SUFFIXES, note_others, suffix_of
 
     path = Path(text)
     if text == "-":
@@ -88,13 +88,17 @@ def find_images(text: str) -> list[Item]:
             raise UserError("--images -: no paths came through the pipe")
         return [item for line in lines if line for item in listed(Path(line))]
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        hidden = {p for p in inside if any(n[0] == "." for n in p.relative_to(path).parts)}
-        inside = [p for p in inside if p.is_file() and p not in hidden]
+        inside = []
+        for place, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if name[0] != "."]
+            inside += [os.path.join(place, name) for name in names if name[0] != "."]
+        inside = [p.removeprefix("./") for p in inside]  # as Path writes them
+        note_others(path, inside)
+        inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)]
         if not inside:
             raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
-        note_others(path, path.rglob("*"))
-        return [Item(p, p.relative_to(path)) for p in inside]
+        inside.sort(key=lambda p: p.split(os.sep))
+        return [Item(p, os.path.relpath(p, path)) for p in inside]
     if path.is_file():
         return listed(path)
     if glob.has_magic(text):
@@ -109,26 +113,26 @@ def find_images(text: str) -> list[Item]:
 def listed(path: Path) -> list[Item]:
     """One image by its own path, there or not: what is not is told in its row."""
     inside = not path.is_absolute() and ".." not in path.parts
-    return [Item(path, path if inside else Path(path.name))]
+    return [Item(str(path), str(path) if inside else path.name)]
 
 
-def check_output(output: Path | None, inputs: list[Path]) -> None:
+def check_output(output: Path | None, inputs: list[str]) -> None:
     """Before an hour of scoring, not behind it."""
     if output is None:
         return
     if output.is_dir():
         raise UserError(f"--output {output}: a folder; name a file")
-    if output.exists() and any(path.exists() and output.samefile(path) for path in inputs):
+    if output.exists() and any(os.path.exists(p) and output.samefile(p) for p in inputs):
         raise UserError(f"--output {output}: is an input of this command; name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
     """No heat map may take the place of an image or of another heat map, nor be scored as one."""
-    seen: dict[Path, Path] = {}
+    seen: dict[Path, str] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
-        if path.resolve().is_relative_to(folder.resolve()):
+        if Path(path).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
         if target.exists() and not is_heatmap(target):
             raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
@@ -151,8 +155,8 @@ def is_heatmap(path: Path) -> bool:
         return False
 
 
-def heatmap_of(folder: Path, name: Path) -> Path:
-    return folder / (name if name.suffix == ".png" else name.with_name(name.name + ".png"))
+def heatmap_of(folder: Path, name: str) -> Path:
+    return folder / (name if name.endswith(".png") else name + ".png")
 
 
 def write_output(output: Path, text: str) -> None:
@@ -175,7 +179,7 @@ def judged(detector, items: list[Item], heatmaps: Path | None):
     from ganomaly.images import decode
 
     config = detector.config
-    results = decode([item.path for item in items], config.image_size, config.channels)
+    results = decode((item.path for item in items), config.image_size, config.channels)
     batch = []
     bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
     for number, (item, pixels) in enumerate(bar, 1):

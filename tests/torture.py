@@ -33,21 +33,25 @@ def results_of(experiment: Path) -> list[list[str]]:
     return [line[: lines[0].index("train_seconds")] for line in lines]
 
 
-def processes_of(leader: subprocess.Popen) -> list[int]:
-    """All processes of a session but its leader."""
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    """The benchmark processes of a launcher that leads a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            after_name = path.read_text().rpartition(")")[2].split()
+            session = int(path.read_text().rpartition(")")[2].split()[3])
+            words = path.with_name("cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if int(after_name[3]) == leader.pid and int(path.parent.name) != leader.pid:
+        if session == launcher.pid and b"scripts/benchmark.py" in words[:3]:
             found.append(int(path.parent.name))
     return found
 
 
-def killed_until_done(words, rng, longest: float) -> int:
-    """Start a command again and again, kill -9 it KILLS times at random; returns the hits."""
+def killed_until_done(words, experiment: Path, runs: int, rng, longest: float) -> int:
+    """Start a command again and again, kill -9 it KILLS times at random; returns the hits.
+
+    A hit is a kill before the last of the runs is finished.
+    """
     hits, pauses = 0, [rng.uniform(0.5, longest) for _ in range(KILLS)]
     for pause in [*pauses, None]:
         process = subprocess.Popen(
@@ -58,10 +62,51 @@ def killed_until_done(words, rng, longest: float) -> int:
             out, err = process.communicate(timeout=pause)
             assert process.returncode == 0 and "Traceback" not in err, err
         except subprocess.TimeoutExpired:
-            hits += 1
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+            hits += len(list(experiment.glob("*/seed*/model.pt"))) < runs
     return hits
+
+
+def assert_same(whole: Path, killed: Path) -> None:
+    """Runs of one experiment in two places: the same bytes, and nothing left behind."""
+    for run in sorted(whole.glob("*/seed*")):
+        same = killed / run.relative_to(whole)
+        assert numbers(run) == numbers(same)
+        assert (run / "curve.csv").read_bytes() == (same / "curve.csv").read_bytes()
+    assert results_of(whole) == results_of(killed)
+    assert not list(killed.rglob(".*.tmp"))
+
+
+# A process that is killed as it is about to give its n-th file the final name
+DIES = """
+import os, runpy, signal, sys
+left, script, replace = int(sys.argv.pop(1)), sys.argv.pop(1), os.replace
+def dying(*paths):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace, sys.argv[0] = dying, script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_a_run_that_dies_at_any_of_its_writes_ends_in_the_same_bytes(root, tmp_path):
+    words = ["--category=bottle", "--experiment=x", "--data-root", root, *TINY_FLAGS]
+    words = ["scripts/train.py", *words, "--checkpoint-every=3", "--experiments-dir"]
+    subprocess.run([sys.executable, *words, tmp_path / "whole"], check=True, cwd=ROOT)
+    n, died = 1, True
+    while died:
+        place = tmp_path / str(n)
+        killed = [sys.executable, "-c", DIES, str(n), *words, place]
+        died = subprocess.run(killed, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
+        subprocess.run([sys.executable, *words, place], check=True, capture_output=True, cwd=ROOT)
+        assert_same(tmp_path / "whole" / "x", place / "x")
+        n += 1
+    print(f"died at each of {n - 2} writes")
+    assert n - 2 >= 10
 
 
 @pytest.mark.parametrize("script", ["train", "benchmark"])
@@ -74,15 +119,11 @@ def test_killed_runs_end_in_the_same_bytes(script, root, tmp_path):
     begun = time.perf_counter()
     subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True, cwd=ROOT)
     seconds = time.perf_counter() - begun
-    hits = killed_until_done([*command, tmp_path / "killed"], random.Random(0), seconds / 2)
+    where, runs = tmp_path / "killed", 1 if script == "train" else 3
+    hits = killed_until_done([*command, where], where / "x", runs, random.Random(0), seconds / 2)
     print(f"{script}: {hits} of {KILLS} kills hit, a whole run takes {seconds:.1f} s")
     assert hits >= KILLS // 3
-    for run in sorted((tmp_path / "whole" / "x").glob("*/seed*")):
-        same = tmp_path / "killed" / run.relative_to(tmp_path / "whole")
-        assert numbers(run) == numbers(same)
-        assert (run / "curve.csv").read_bytes() == (same / "curve.csv").read_bytes()
-        assert not list(same.glob("*.tmp")) and not list(same.glob(".*.tmp"))
-    assert results_of(tmp_path / "whole" / "x") == results_of(tmp_path / "killed" / "x")
+    assert_same(tmp_path / "whole" / "x", tmp_path / "killed" / "x")
 
 
 def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
@@ -100,7 +141,7 @@ def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
     while not list((tmp_path / "shared").glob("x/*/seed*/last.pt")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(max(processes_of(process)), signal.SIGKILL)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
     told, _ = process.communicate(timeout=600)
     assert process.returncode == 0, told
     assert "going on from step" in told
