@@ -53,10 +53,16 @@ def training(device: torch.device, values: dict, n: int, seconds: float) -> dict
     use_threads(config.threads)
     watch = Stopwatch(device, seconds)
     train_timed(config, drawn(config, n), device, watch)
-    return {
-        "images_per_second": config.batch_size / watch.seconds_a_step(),
-        "G_multiply_adds": training_count(config) / 1e9,
-    }
+    return {"images_per_second": config.batch_size / watch.seconds_a_step()}
+
+
+def training_count(device: torch.device, values: dict) -> dict:
+    """Billions of multiply-adds of a training step an image, as torch counts them."""
+    small, cpu = resolve(values).replace(batch_size=4, amp="fp32"), torch.device("cpu")
+    watch = Stopwatch(cpu, 0, warm_up=1, least=0)
+    with FlopCounterMode(display=False) as counter:
+        train_timed(small, drawn(small, 4), cpu, watch)
+    return {"G_multiply_adds": counter.get_total_flops() / 2e9 / small.batch_size}
 
 
 def profile(device: torch.device, name: str, threads: int) -> dict:
@@ -187,15 +193,6 @@ def train_timed(config: Config, images: Tensor, device: torch.device, watch: Sto
         train(endless, images, device, watch)
     except Enough:
         pass
-
-
-def training_count(config: Config) -> float:
-    """Multiply-adds of a training step an image, forward and backward, as torch counts them."""
-    small, cpu = config.replace(batch_size=4, amp="fp32"), torch.device("cpu")
-    watch = Stopwatch(cpu, 0, warm_up=1, least=0)
-    with FlopCounterMode(display=False) as counter:
-        train_timed(small, drawn(small, 4), cpu, watch)
-    return counter.get_total_flops() / 2 / small.batch_size
 
 
 class Paragraphs:

@@ -202,6 +202,7 @@ def run_all(
                 waiting.append(name)
                 others += 1
                 if others >= len(waiting):
+                    bar.set_description(f"waiting for other processes' runs, {len(waiting)}")
                     time.sleep(PAUSE)
                     others = 0
                 continue
