@@ -32,7 +32,7 @@ from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked, write_atomic, write_json, write_torch
 from ganomaly.images import read_images
-from ganomaly.provenance import provenance
+from ganomaly.provenance import now, provenance
 from ganomaly.results import FIGURES
 from ganomaly.training import Trained, resolve_amp, train
 
@@ -91,33 +91,36 @@ def run_one(
     force: bool = False,
     download: bool = False,
     progress: tqdm | None = None,
+    since: str = "9999",
 ) -> tuple[dict, bool]:
     """Train and evaluate one config into the experiment's folder.
 
     Returns its metrics and whether there was anything to do: a finished run is left as it is
-    unless `force`, an unfinished one goes on from its checkpoint. The experiment's tables are the
+    unless `force`, an unfinished one goes on from its checkpoint. One that was begun after `since`,
+    an ISO date, is taken to be of the images that are there now. The experiment's tables are the
     caller's to write. Busy, a UserError, where another process is at work on the same run.
     """
-    use_threads(config.threads)
     run = run_of(config, folder, data_root, device)
     with locked(run.folder):
-        return run_locked(run, data_root, device, force, download, progress)
+        return run_locked(run, data_root, device, force, download, progress, since)
 
 
 def run_locked(
     run: Run, data_root: Path | None, device: torch.device, force: bool, download: bool,
-    progress: tqdm | None,
+    progress: tqdm | None, since: str,
 ) -> tuple[dict, bool]:  # fmt: skip
     config, folder = run.config, run.experiment
     if not force:
         run.check()
         if run.finished:
             before = experiment.read_metrics(run.path("metrics.json"))
-            check_train_files(before, config, data_root)
+            if before["provenance"].get("date", "") <= since:
+                check_train_files(before, config, data_root)
             if progress is not None:
                 run.progress = progress
                 run.skip(config.steps)
             return before, False
+    use_threads(config.threads)
     origin = provenance(device, config) | {"train_files": data.train_files(config, data_root)}
     category = data.load(config, data_root, download)
     experiment.write_recipe(folder, config)
@@ -183,7 +186,7 @@ def run_all(
     processes share the work, the longest first. `tell` makes the line that is printed of a run's
     metrics. Tables are written when all is done, and before as long as that takes little time.
     """
-    failed, others, done, tables = {}, 0, 0, Tables()
+    failed, others, done, tables, since = {}, 0, 0, Tables(), now()
     waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
@@ -194,7 +197,7 @@ def run_all(
             try:
                 metrics, trained = run_one(
                     config, folder, data_root, device,
-                    force=force, download=download, progress=bar,
+                    force=force, download=download, progress=bar, since=since,
                 )  # fmt: skip
                 tables.write(folder, at_once=False)
                 bar.write(f"{name}: {tell(metrics)}" + ("" if trained else " (done before)"))
