@@ -143,6 +143,8 @@ def markdown(runs: dict, scores: list[str]) -> str:
         f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
         "difference to the base run of the same category and seed.",
         "",
+        *sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()}),
+        "",
     ]
     titles = [f"{c} | difference" for c in categories] + ["difference, all"]
     lines += [f"| ablation | {' | '.join(titles)} |", "|---" * (2 * len(categories) + 2) + "|"]

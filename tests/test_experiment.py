@@ -259,6 +259,24 @@ def test_the_readme_says_what_the_committed_tables_say():
     scores = [f"auroc_{name}" for name in SCORES]
     best = max(statistics.fmean(values("calibrated", "solar_cells", score)) for score in scores)
     assert f"passes {short(best)}" in readme
+    # Ablations: the difference to the base, or from it
+    with open(ROOT / "experiments/ablations/results.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    base = {(r["category"], r["seed"]): r for r in rows if r["ablation"] == "base"}
+
+    def worth(ablation, score="auroc"):
+        mine = [r for r in rows if r["ablation"] == ablation]
+        assert len(mine) == 6
+        apart = [float(r[score]) - float(base[r["category"], r["seed"]][score]) for r in mine]
+        return f"{short(abs(statistics.fmean(apart)))} ± {short(statistics.stdev(apart))}"
+
+    assert f"loses {worth('no adversarial loss')} without the adversarial loss" in readme
+    both = worth("no corruption, no comparator"), worth("no contextual loss")
+    assert f"{both[0]} without corruption and comparator" in readme
+    assert f"{both[1]} without the contextual loss" in readme
+    assert f"{worth('images as they are')} with images as they are" in readme
+    assert f"gains {worth('no encoder loss')}, where" in readme
+    assert f"loses {worth('no encoder loss', 'auroc_latent')} (" in readme
     # False alarms at the threshold
     above, good = 0, 0
     for path in (ROOT / "experiments" / "calibrated").glob("*/seed*/scores.csv"):
