@@ -80,13 +80,20 @@ def page(folder: Path, explain: Callable) -> str:
             f"<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
             f'<p class=wide><img alt="AUROC by step" src="{inline(picture, "svg+xml")}">'
         )
+    bare = []  # categories without scores
     for category in dict.fromkeys(run.parent for run in runs):
         seeds = {run: m for run, m in runs.items() if run.parent == category}
         try:
             out += section(category.name, seeds, explain, missing)
+        except FileNotFoundError:
+            bare.append(category.name)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             names = f"{category.name}: scores.csv or log.jsonl of a run is gone or damaged"
             missing[f"{names} ({error}); make evaluate writes scores.csv again."] = None
+    if bare:
+        missing[f"Charts of {', '.join(bare)}: no scores.csv there; make evaluate writes it."] = (
+            None
+        )
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
     return "\n".join(out) + "\n"

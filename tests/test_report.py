@@ -106,6 +106,8 @@ def test_a_damaged_folder_is_told_and_injects_nothing(script, experiment, tmp_pa
     (first / "scores.csv").write_text(scores.replace("test/", "../../"))
     page = written(script, tmp_path, "--data-root", root / "images")
     assert "names files outside of the category's folder" in page.text
+    (first / "scores.csv").unlink()
+    assert f"Charts of {name}: no scores.csv there" in written(script, tmp_path).text
     (tmp_path / "runs" / "mine" / "results.md").write_text("")
     written(script, tmp_path)
 
