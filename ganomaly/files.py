@@ -24,12 +24,12 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False):
+def locked(folder: Path, wait: bool = False, tidy: bool = False):
     """Hold the folder's lock, which a process that dies does not leave behind.
 
     Raises Busy at once where another process has it, unless `wait`. A folder that it made and where
-    nothing came into it is taken back; else the lock's file stays, as network file systems give
-    those who wait for a file that was removed an error.
+    nothing came into it is taken back; else the lock's file stays unless `tidy`, as network file
+    systems give those who wait for a file that was removed an error.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with naming(folder / LOCK):
@@ -39,7 +39,7 @@ def locked(folder: Path, wait: bool = False):
             yield
         finally:
             with contextlib.suppress(OSError):  # somebody else came
-                if made and os.listdir(folder) == [LOCK]:
+                if tidy or (made and os.listdir(folder) == [LOCK]):
                     os.unlink(file.name)
                     for path in made:
                         path.rmdir()

@@ -55,7 +55,7 @@ def main(argv=None) -> int:
     )
     if not hasattr(tarfile, "data_filter"):
         raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
-    with locked(root):
+    with locked(root, tidy=True):
         return add(root, missing, args.url)
 
 
