@@ -127,6 +127,17 @@ def checked_quantile(args: argparse.Namespace) -> float | None:
     return None if args.quantile is None else checked(FIELDS["quantile"], args.quantile)
 
 
+def add_list_flags(parser: argparse.ArgumentParser) -> None:
+    """Of which categories and seeds; see asked_categories()."""
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
+
+
+def asked_categories(args: argparse.Namespace) -> list[str] | None:
+    """Those of --categories, else that of --category; None: all."""
+    return args.categories or ([args.category] if args.category else None)
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """How to train: no part of a config either."""
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")

@@ -104,9 +104,12 @@ def free_memory(root: Path = Path("/")) -> int | None:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, StopIteration):
         return None
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without them
+        return free
     # Limits of a container or a batch job: its own, and those of the groups around it
     for line in groups:
         _, controllers, inside = line.split(":", 2)

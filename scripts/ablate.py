@@ -11,7 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, add_run_flags, experiment_folder, recipe_values
+from ganomaly.cli import (
+    Parser,
+    add_list_flags,
+    add_place_flags,
+    add_run_flags,
+    asked_categories,
+    experiment_folder,
+    recipe_values,
+)
 from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
 
@@ -35,8 +43,7 @@ def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
     parser.add_argument("--experiment", default="ablations", metavar="NAME", help="[ablations]")
-    parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
+    add_list_flags(parser)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
     add_run_flags(parser)
     add_place_flags(parser)
@@ -54,8 +61,7 @@ def main(argv=None) -> int:
         from ganomaly import data, pipeline
         from ganomaly.device import use_device
 
-    one = [args.category] if args.category else None
-    categories = args.categories or one or data.categories_of(recipe, args.data_root)
+    categories = asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
     recipe = pipeline.resolved(recipe, device)
     chosen = {name: changed(recipe, changes) for name, changes in ABLATIONS}

@@ -11,7 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, add_run_flags, experiment_folder, recipe_values
+from ganomaly.cli import (
+    Parser,
+    add_list_flags,
+    add_place_flags,
+    add_run_flags,
+    asked_categories,
+    experiment_folder,
+    recipe_values,
+)
 from ganomaly.config import resolve
 from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
 
@@ -20,8 +28,7 @@ def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--recipe", default="paper", metavar="NAME", help="experiment [paper]")
     parser.add_argument("--experiment", metavar="NAME", help="folder to write to [the recipe's]")
-    parser.add_argument("--categories", nargs="+", metavar="NAME", help="[all of the data set]")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="INT", help="[the recipe's, 42]")
+    add_list_flags(parser)
     parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     add_run_flags(parser)
@@ -37,8 +44,7 @@ def main(argv=None) -> int:
         from ganomaly import data, experiment, pipeline
         from ganomaly.device import use_device
 
-    one = [args.category] if args.category else None
-    categories = args.categories or one or data.categories_of(base, args.data_root)
+    categories = asked_categories(args) or data.categories_of(base, args.data_root)
     missing = {}  # a dry run misses nothing that it would download
     if not (args.dry_run and args.download and base.dataset in ("mnist", "cifar10")):
         missing = data.missing_categories(base, categories, args.data_root, args.download)

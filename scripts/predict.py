@@ -103,7 +103,7 @@ def find_images(text: str) -> list[Item]:
         return listed(path)
     if glob.has_magic(text):
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        matches = [p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES]
+        matches = [p for p in matches if p.is_file() and suffix_of(p) in SUFFIXES]
         if not matches:
             raise UserError(f"{text}: no image matches this pattern")
         return [item for p in matches for item in listed(p)]

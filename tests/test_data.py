@@ -507,6 +507,7 @@ def test_free_memory_is_what_the_system_says():
 def test_a_containers_limit_is_seen_in_every_group_around(line, place, limit, used, tmp_path):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert images.free_memory(tmp_path) == 8000 * 1024  # a kernel without groups
     (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/elsewhere\n{line}\n")
     assert images.free_memory(tmp_path) == 8000 * 1024
     group = tmp_path / place
