@@ -50,7 +50,7 @@ class Verdicts(NamedTuple):
 def outputs_of(networks, x: Tensor) -> Outputs:
     """x (B, C, S, S) in [-1, 1] through networks in eval mode, named as networks.build does."""
     z, x_hat, z_hat = networks["generator"](x)
-    _, features = networks["discriminator"](torch.cat([x, x_hat]))  # weights are read once
+    features = networks["discriminator"].features(torch.cat([x, x_hat]))  # weights are read once
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 

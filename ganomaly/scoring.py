@@ -30,7 +30,8 @@ class Outputs(NamedTuple):
 
 def residual_map(o: Outputs) -> Tensor:
     """|mean of x - x_hat over 5x5 pixels|, a mean over channels: what is missing, not its noise."""
-    means = F.avg_pool2d(o.x - o.x_hat, 5, stride=1, padding=2, count_include_pad=False)
+    difference = (o.x - o.x_hat).contiguous()  # channels last would take twice the time
+    means = F.avg_pool2d(difference, 5, stride=1, padding=2, count_include_pad=False)
     return means.abs().mean(1)
 
 
