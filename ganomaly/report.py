@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ganomaly import charts
 from ganomaly.errors import UserError
 from ganomaly.experiment import read_metrics
 
-W, H = 320, 180  # of a chart, pixels
-BINS = 40
 ERRORS = 6  # images of each kind
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--dim:#666;--line:#ccc;--paper:#fff;
@@ -105,26 +104,26 @@ def section(category: str, seeds: dict[Path, dict], explain: Callable, missing: 
     read = [read_scores(each, one["score"]) for each, one in seeds.items()]
     labels, scores, paths = read[0]
     out = [f"<h2>{escape(category)}</h2><div class=charts>"]
-    rocs = [roc(*each[:2]) for each in read]
-    chart = histogram(labels, scores, m["threshold"])
-    charts = [
+    chart = charts.histogram(labels, scores, m["threshold"])
+    rocs = charts.roc_chart([charts.roc(*each[:2]) for each in read])
+    drawn = [
         (chart, f"Score {escape(m['score'])} of seed {m['seed']}: <span class=key><b class=g>good"
          "</b> and <b class=b>defective</b></span> test images, the threshold dashed"),
-        (roc_chart(rocs), f"ROC, {len(rocs)} seed{'s' * (len(rocs) > 1)}: true against false "
-         f"alarms; AUROC {np.mean([one['auroc'] for one in seeds.values()]):.3f}"),
+        (rocs, f"ROC, {len(read)} seed{'s' * (len(read) > 1)}: true against false alarms; "
+         f"AUROC {np.mean([one['auroc'] for one in seeds.values()]):.3f}"),
     ]  # fmt: skip
     if (log := run / "log.jsonl").is_file():
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         if len(records) > 1:
-            charts.append(
-                (losses(records), "Losses by step, each on a scale of its own, logarithmic: "
+            drawn.append(
+                (charts.losses(records), "Losses by step, each on a scale of its own, logarithmic: "
                  "<span class=key><b class=g>contextual</b>, <b class=b>discriminator</b></span>")
             )  # fmt: skip
     else:
         missing["Losses: git keeps no logs; where the runs were made, the report shows them."] = (
             None
         )
-    out += [f"<figure>{svg}<figcaption>{told}</figcaption></figure>" for svg, told in charts]
+    out += [f"<figure>{svg}<figcaption>{told}</figcaption></figure>" for svg, told in drawn]
     out.append("</div>")
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
@@ -185,62 +184,3 @@ def from_markdown(text: str) -> str:
         else:
             out.append(f"<p>{escape(block)}")
     return "\n".join(out)
-
-
-# Charts, as SVG
-
-
-def svg(inside: str, low: str, high: str) -> str:
-    """Axes of W x H, the ends of the horizontal one named."""
-    return (
-        f'<svg viewBox="0 -6 {W} {H + 24}" width="{W}" height="{H + 30}">'
-        f'<path class="axis" d="M0 0V{H}H{W}"/>{inside}'
-        f'<text x="0" y="{H + 14}">{low}</text>'
-        f'<text x="{W}" y="{H + 14}" text-anchor="end">{high}</text></svg>'
-    )
-
-
-def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float) -> str:
-    """Shares of good and defective images by score; what lies far out is in the last bar."""
-    low = float(min(scores.min(), threshold))
-    high = max(float(np.quantile(scores, 0.98)), threshold)
-    span = (high - low) or 1.0
-    inside = []
-    for label, kind in ((0, "good"), (1, "bad")):
-        places = np.clip((scores[labels == label] - low) / span * BINS, 0, BINS - 1).astype(int)
-        counts = np.bincount(places, minlength=BINS)
-        for i in np.flatnonzero(counts):
-            h = counts[i] / counts.max() * (H - 4)
-            inside.append(
-                f'<rect class="{kind}" x="{i * W / BINS:.1f}" y="{H - h:.1f}" '
-                f'width="{W / BINS:.1f}" height="{h:.1f}"/>'
-            )
-    cut = (threshold - low) / span * W
-    inside.append(f'<path class="cut" d="M{cut:.1f} 0V{H}"/>')
-    return svg("".join(inside), f"{low:.3g}", f"{high:.3g}")
-
-
-def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.metrics import roc_curve
-
-    false_alarms, found, _ = roc_curve(labels, scores)
-    return false_alarms, found
-
-
-def roc_chart(rocs: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    diagonal = f'<path class="axis" d="M0 {H}L{W} 0"/>'
-    return svg(diagonal + "".join(line(x, y, "good") for x, y in rocs), "0", "1")
-
-
-def losses(records: list[dict]) -> str:
-    steps = np.array([record["step"] for record in records], float)
-    inside = ""
-    for name, kind in (("contextual", "good"), ("discriminator", "bad")):
-        values = np.log10(np.maximum([record[name] for record in records], 1e-9))
-        inside += line(steps / steps[-1], (values - values.min()) / (np.ptp(values) or 1), kind)
-    return svg(inside, "0", f"{steps[-1]:.0f}")
-
-
-def line(x: np.ndarray, y: np.ndarray, kind: str) -> str:
-    points = " ".join(f"{a * W:.1f},{(1 - b) * H:.1f}" for a, b in zip(x, y))
-    return f'<path class="{kind}" style="fill:none" d="M{points}"/>'
