@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -191,18 +192,27 @@ def start(args, table: dict) -> list[dict]:
 
 
 def benchmark(args, table: dict) -> list[dict]:
-    """benchmark.py over 15 drawn categories of 60 images, 100 steps each: seconds."""
+    """benchmark.py over 15 drawn categories of 60 images, 100 steps each, by one process and shared
+    by two: seconds, over those of its training steps, and the efficiency of the two."""
     from ganomaly.measure import draw_category
 
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in ORDER:
             draw_category(Path(scratch) / "images" / name, 60, 20)
         words = ["--data-root", f"{scratch}/images", "--experiments-dir", scratch, "--steps", "100"]
-        whole = script(args, "benchmark", *words, "--experiment", "drawn")["wall_seconds"]
-        runs = [json.loads(path.read_text()) for path in Path(scratch).rglob("metrics.json")]
-    steps = sum(run["train_seconds"] for run in runs)
-    row = {"categories": len(runs), "training_steps": steps, "benchmark": whole}
-    return [{**row, "benchmark_over_steps": whole / steps}]
+        for n in (1, 2):
+            one = (script, args, "benchmark", *words, "--experiment", f"by{n}")
+            with ThreadPoolExecutor(n) as pool:
+                told = [future.result() for future in [pool.submit(*one) for _ in range(n)]]
+            files = Path(scratch, f"by{n}").rglob("metrics.json")
+            runs = [json.loads(path.read_text()) for path in files]
+            steps, whole = sum(of(runs, "train_seconds")), max(of(told, "wall_seconds"))
+            row = {"processes": n, "categories": len(runs), "training_steps": steps}
+            row |= {"images_per_second": of(runs, "images_per_second"), "benchmark": whole}
+            row["benchmark_over_steps"] = n * whole / steps
+            rows.append({**row, "efficiency": (rows or [row])[0]["benchmark"] / n / whole})
+    return rows
 
 
 PARTS = {

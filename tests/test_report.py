@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganomaly import charts, pipeline, report
+from ganomaly import charts, pipeline
 from ganomaly.config import Config
 from ganomaly.device import use_device
 
