@@ -16,7 +16,7 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 
 
 def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
-    """uint8 (B, C, S, S) -> float32 in [-1, 1] on the device, channels last.
+    """uint8 (B, C, S, S) -> float32 on the device, channels last; without a scale in [-1, 1].
 
     With a scale an image is seen relative to its mean (see `relative`), and a pixel that is `scale`
     away from it at 1 or -1. What is farther is not clipped, but no reconstruction reaches it.

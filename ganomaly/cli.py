@@ -119,7 +119,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantile", type=float, metavar="FLOAT",
-        help="share of normal images under the threshold [as trained: 0.95]",
+        help="share of normal images under the threshold [as trained]",
     )  # fmt: skip
 
 

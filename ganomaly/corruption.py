@@ -22,7 +22,7 @@ DRAWN = 128  # largest side that they are drawn at, pixels
 
 
 class Corruption:
-    """Corrupts batches of float images in [-1, 1]; state_dict() holds its place in the stream.
+    """Corrupts batches of what to_input makes; state_dict() holds its place in the stream.
 
     images: uint8 (n, C, S, S), normal images to paste from, on the device or, a large set, on the
     host; scale: to_input's; device: of the batches.
@@ -76,7 +76,7 @@ class Corruption:
         ]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, C, S, S) in [-1, 1] -> (corrupted x, mask (B, S, S) in {0, 1}).
+        """x (B, C, S, S) -> (corrupted x, mask (B, S, S) in {0, 1}).
 
         The mask is empty where the change came out too small to see.
         """

@@ -48,7 +48,7 @@ class Verdicts(NamedTuple):
 
 
 def outputs_of(networks, x: Tensor) -> Outputs:
-    """x (B, C, S, S) in [-1, 1] through networks in eval mode, named as networks.build does."""
+    """x (B, C, S, S), of to_input, through networks in eval mode, named as networks.build does."""
     z, x_hat, z_hat = networks["generator"](x)
     features = networks["discriminator"].features(torch.cat([x, x_hat]))  # weights are read once
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None

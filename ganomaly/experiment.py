@@ -330,8 +330,8 @@ def rebuild_results(experiment: Path) -> None:
     for path, m in found.items():
         if looked := curves.read(path.with_name("curve.csv")):
             looks.setdefault(path.parent.parent.name, []).append(looked)
-            if m["score"] in looked:
-                best[m["category"], m["seed"]] = max(looked[m["score"]].values())
+            if m["score"] in looked and m["auroc"] is not None:
+                best[m["category"], m["seed"]] = max(m["auroc"], *looked[m["score"]].values())
     if looks:
         write_atomic(experiment / "curves.svg", curves.svg(experiment.name, looks))
     write_atomic(experiment / "results.csv", results_csv(runs, alike))

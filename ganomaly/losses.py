@@ -26,7 +26,7 @@ def adversarial(f: Tensor, f_hat: Tensor) -> Tensor:
 def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
     """L_con = mean |x - x_hat|   (eq. 2)
 
-    x, x_hat: images (B, C, S, S) in [-1, 1].
+    x, x_hat: images (B, C, S, S), x_hat in [-1, 1].
     """
     return F.l1_loss(full(x_hat), full(x))
 

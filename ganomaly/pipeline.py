@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 import traceback
@@ -11,35 +10,29 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ganomaly import (  # metrics loads BLAS, whose threads use_threads limits
+from ganomaly import (  # evaluation loads BLAS, whose threads use_threads limits
     data,
+    evaluation,
     experiment,
-    metrics,
     pictures,
     report,
 )
-from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.experiment import Run
-from ganomaly.files import Busy, locked, write_atomic, write_json, write_torch
+from ganomaly.files import Busy, locked, write_atomic, write_torch
 from ganomaly.images import read_images
 from ganomaly.provenance import now, provenance
-from ganomaly.results import FIGURES
 from ganomaly.training import Trained, resolve_amp, train
 
-LOOK = 1000  # images of a kind that a look scores
 PAUSE = 2  # seconds, while other processes are at all that is left
-SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32,
-SOME_BYTES = 2**28  # where they take no more than this
 
 
 def run_of(config: Config, folder: Path, data_root: Path | None, device: torch.device) -> Run:
@@ -127,7 +120,7 @@ def run_locked(
     run.begin(anew=force)
     run.preview_images = category.calibration[:8]
     if len(category.test_labels):
-        run.look = partial(look, config, category, device)
+        run.look = partial(evaluation.look, config, category, device)
     own = tqdm(
         total=config.steps, desc=run.name, unit="step", disable=None if progress is None else True
     )
@@ -143,7 +136,7 @@ def run_locked(
             "images_per_second": round(trained.images_per_second, 1),
             "provenance": origin,
         }
-        after = assess(run, detector, category, training)
+        after = evaluation.assess(run, detector, category, training)
         # Last: with it the run is finished, and the metrics beside it are its own.
         write_torch(run.path("model.pt"), detector.state())
     except KeyboardInterrupt:
@@ -254,108 +247,12 @@ def resolved(config: Config, device: torch.device) -> Config:
     return config.replace(amp=resolve_amp(config.amp, device))
 
 
-def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
-    """Score the test images; write scores.csv and metrics.json."""
-    labels = category.test_labels
-    scores = {name: torch.empty(0) for name in detector.config.scores}
-    if len(labels):
-        scores = detector.scores(category.test)
-    run.write_scores(category, scores)
-    if run.board is not None:
-        run.write_histograms(labels, scores, detector.calibration.scores)
-    row = {
-        "category": category.name,
-        "dataset": detector.config.dataset,
-        "seed": detector.config.seed,
-        "score": detector.config.score,
-        **figures(detector, category, scores),
-        "n_train": len(category.train),
-        "n_calibration": len(category.calibration),
-        "n_test_good": int((labels == 0).sum()),
-        "n_test_defective": int(labels.sum()),
-        **training,
-    }
-    write_json(run.path("metrics.json"), row)
-    return row
-
-
-def figures(detector: Detector, category: Category, scores: dict) -> dict:
-    """The evaluated figures, null where there are no test images."""
-    config, threshold, labels = detector.config, detector.threshold, category.test_labels
-    scale = detector.scale
-    if not len(labels):
-        figures = dict.fromkeys(FIGURES)
-        return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
-    some = max(41, min(SOME, SOME_BYTES // (4 * category.test[0].numel())))
-    as_numpy = {name: values.numpy() for name, values in scores.items()}
-    each = {name: metrics.auroc(labels, values) for name, values in as_numpy.items()}
-    return {
-        **metrics.evaluate(labels, as_numpy[config.score], threshold),
-        "threshold": threshold,
-        **metrics.controls(
-            seen(category.train[:: len(category.train) // some + 1], scale),
-            (seen(part, scale) for part in category.test.split(some)),
-            labels,
-        ),
-        "auroc_brightness_raw": metrics.auroc(labels, metrics.brightness(category.test.numpy()))
-        if config.normalise != "none"
-        else None,
-        "pixel_auroc": pixel_auroc(detector, category),
-        "scores": each,
-    }
-
-
-def seen(pixels: Tensor, scale: float | None) -> np.ndarray:
-    """What a network sees of uint8 images (N, C, S, S), as float32 in [0, 1]."""
-    if scale is None:
-        return pixels.numpy().astype(np.float32) / 255
-    return (to_input(pixels, torch.device("cpu"), scale) / 2 + 0.5).numpy()
-
-
-def pixel_auroc(detector: Detector, category: Category) -> float | None:
-    """AUROC of the heat maps over all test pixels, at the network's size; None without masks."""
-    masks = category.test_masks
-    if masks is None or not masks.any():
-        if masks is not None:
-            print(
-                f"note: {category.name}: no pixel of any mask is defective at this image size "
-                "(masks are 0 and 255), so no figures of pixels",
-                file=sys.stderr,
-            )
-        return None
-    heat = detector.heat_maps(category.test)
-    return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
-
-
-def look(
-    config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
-) -> dict[str, float]:
-    """AUROC of every score in the middle of training, on up to LOOK images of a kind."""
-    detector = Detector(copy.deepcopy(networks), config, device, scale)
-    detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK)])
-    picked = samples_of(category.test_labels, LOOK)
-    scores = detector.scores(category.test[picked])
-    labels = category.test_labels[picked]
-    return {name: metrics.auroc(labels, values.numpy()) for name, values in scores.items()}
-
-
 def write_samples(run: Run, detector: Detector, category: Category) -> None:
     pixels = category.calibration[:8]
     if len(category.test_labels):
-        pixels = category.test[samples_of(category.test_labels)]
+        pixels = category.test[evaluation.samples_of(category.test_labels)]
     o = detector.outputs(pixels)
     run.write_samples(o.x, o.x_hat)
-
-
-def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:
-    """Indices of up to `most` good and `most` defective images, evenly spread."""
-    groups = [np.flatnonzero(labels == label) for label in (0, 1)]
-    return np.concatenate([group[evenly(len(group), most)] for group in groups])
-
-
-def evenly(n: int, most: int) -> np.ndarray:
-    """Up to `most` of n indices, evenly spread."""
-    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
 
 
 def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:

@@ -125,7 +125,7 @@ def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | Non
         f"Score {', '.join(sorted({row['score'] for row in evaluated}))}; seeds {seeds}; mean ± "
         "standard deviation over seeds. F1 is at the threshold that held-out normal images set; "
         "two oracles, which cannot be had without labels, are the best F1 over all thresholds and "
-        "the best AUROC over a run's checkpoints.",
+        "the best AUROC over a run's checkpoints, seen on up to 1,000 images of a kind.",
         "",
         *table({**columns, **{key: None for key in published}}, shown, published),
         "",

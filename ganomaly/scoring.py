@@ -16,8 +16,8 @@ FOLDS = 5
 class Outputs(NamedTuple):
     """What the networks make of a batch, float32."""
 
-    x: Tensor  # (B, C, S, S) in [-1, 1]
-    x_hat: Tensor  # (B, C, S, S)
+    x: Tensor  # (B, C, S, S) as batches.to_input makes it
+    x_hat: Tensor  # (B, C, S, S) in [-1, 1]
     z: Tensor  # (B, latent_dim)
     z_hat: Tensor  # (B, latent_dim)
     f: Tensor  # (B, K, 4, 4) the discriminator's features of x

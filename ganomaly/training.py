@@ -87,6 +87,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         if state["images"] != fingerprint:
             raise UserError("the training images changed since the checkpoint; --force starts anew")
         try:
+            if state["device"] != device.type:
+                raise ValueError
             for name, part in parts.items():
                 if state[name]:  # empty: a scaler that was not needed
                     part.load_state_dict(state[name])
@@ -173,9 +175,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
             # Checkpoint
             state = {name: part.state_dict() for name, part in parts.items()}
-            run.save(
-                {**state, "images": fingerprint, "sums": sums, "step": step, "seconds": elapsed}
-            )
+            state |= {"device": device.type, "images": fingerprint, "sums": sums}
+            run.save({**state, "step": step, "seconds": elapsed})
             seconds, start = elapsed, time.perf_counter()
 
     speed = config.steps * config.batch_size / seconds

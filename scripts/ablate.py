@@ -111,7 +111,11 @@ def write_tables(folder: Path) -> None:
     runs = {}  # (ablation, category, seed) -> metrics
     for name, _ in ABLATIONS:
         for path in sorted((folder / slug(name)).glob("*/seed*/metrics.json")):
-            metrics = read_metrics(path)
+            try:
+                metrics = read_metrics(path)
+            except UserError as error:
+                print(f"warning: not in the table: {error}", file=sys.stderr)
+                continue
             if metrics["auroc"] is not None:
                 runs[name, metrics["category"], metrics["seed"]] = metrics
     scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))

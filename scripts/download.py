@@ -31,15 +31,13 @@ UNPACKED = 1.1  # of the archive's size: PNG files hardly pack
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--data-root", type=Path, default=Path("data/mvtec"), metavar="DIR", help="[data/mvtec]"
-    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="[data/mvtec]")
     parser.add_argument("--url", default=URL, metavar="URL", help="a mirror or a local file")
     args = parser.parse_args(argv)
-    root = args.data_root
-    from ganomaly.data import MVTEC
+    from ganomaly.data import MVTEC, data_root_of
     from ganomaly.files import locked
 
+    root = data_root_of("mvtec", args.data_root)
     missing = [name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
     if not missing:
         print(f"{root}: all {len(MVTEC)} categories are there, nothing to do")

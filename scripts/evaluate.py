@@ -38,7 +38,7 @@ def main(argv=None) -> int:
 
 def again(run, given: dict, args) -> str:
     """Score the run; returns what is to be said of it."""
-    from ganomaly import data, experiment, pipeline, results
+    from ganomaly import data, evaluation, experiment, pipeline, results
     from ganomaly.detector import load_detector
     from ganomaly.device import use_device, use_threads
 
@@ -57,7 +57,7 @@ def again(run, given: dict, args) -> str:
     pipeline.check_train_files(before, config, args.data_root)
     category = data.load(config, args.data_root, args.download)
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
-    metrics = pipeline.assess(run, detector, category, training)
+    metrics = evaluation.assess(run, detector, category, training)
     changed = [key for key in metrics if metrics[key] != before[key]]
     told = ", ".join(changed) or "nothing: the numbers are those of the run"
     return f"{results.summary(metrics, config.quantile)}\n  changed   {told}"

@@ -12,8 +12,8 @@ from ganomaly import experiment
 from ganomaly.config import ROOT, SCORES, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
+from ganomaly.evaluation import samples_of
 from ganomaly.files import write_atomic
-from ganomaly.pipeline import samples_of
 from ganomaly.provenance import command
 from ganomaly.published import PUBLISHED
 from ganomaly.results import FIGURES, results_csv, results_md, summary
@@ -211,6 +211,19 @@ def test_a_damaged_curve_is_no_curve(tmp_path):
     (folder / "curve.csv").write_text("step,latent\n1,.5\n")
     experiment.write_results(tmp_path)
     assert (tmp_path / "curves.svg").exists()
+
+
+def test_the_best_checkpoint_is_no_worse_than_the_last_which_more_images_score(tmp_path):
+    folder = tmp_path / "bottle" / "seed42"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(run_metrics("bottle", auroc=0.7)))
+    (folder / "config.json").write_text(Config().to_json())
+    for seen, best in ((0.6, 0.7), (0.8, 0.8)):
+        (folder / "curve.csv").write_text(f"step,latent\n1,{seen}\n2,.5\n")
+        experiment.write_results(tmp_path)
+        names, _, row = (tmp_path / "results.md").read_text().splitlines()[4:7]
+        column = names.split(" | ").index("AUROC of the best checkpoint (oracle)")
+        assert float(row.split(" | ")[column]) == best
 
 
 def test_a_recorded_command_has_no_path_of_the_machine():

@@ -189,7 +189,8 @@ def test_a_checkpoint_of_other_code_is_refused():
     whole = Memory()
     train(SMALL, images(), CPU, whole)
     state = torch.load(io.BytesIO(whole.saved[3]), weights_only=True)
-    for change in ({"sums": torch.zeros(7)}, {"generator": {"a": torch.zeros(1)}}):
+    changes = {"sums": torch.zeros(7)}, {"generator": {"a": torch.zeros(1)}}, {"device": "cuda"}
+    for change in changes:
         buffer = io.BytesIO()
         torch.save({**state, **change}, buffer)
         with pytest.raises(UserError, match="of other code"):
