@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,4 +72,4 @@ def command(argv: list[str]) -> str:
             words.append(flag + equals + Path(value).name)
         else:
             words.append(word)
-    return " ".join(words)
+    return shlex.join(words)
