@@ -64,7 +64,7 @@ report: $(READY) ## an experiment as one HTML page: EXPERIMENT= DATA_ROOT= for t
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"
 
-speed: $(READY) ## what this machine does in a second, beside its roof, ten minutes: EXPERIMENT= ARGS=
+speed: $(READY) ## what this machine does in a second, beside its roof: EXPERIMENT= ARGS=
 	@$(PYTHON) scripts/speed.py $(call flag,EXPERIMENT,--experiment) $(place)
 
 test: $(READY) ## ruff, where this Python has it, and pytest
