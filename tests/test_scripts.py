@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import data, experiment, images, load, pipeline
+from ganomaly import data, evaluation, experiment, images, load, pipeline
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
@@ -298,7 +298,7 @@ def phases(monkeypatch, error):
     stages = [
         (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Run, "save"),
         (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
-        (Run, "write_scores"), (pipeline, "figures"), (pipeline, "write_json"),
+        (Run, "write_scores"), (evaluation, "figures"), (evaluation, "write_json"),
         (pipeline, "write_torch"), (experiment, "write_results"),
     ]  # fmt: skip
 
