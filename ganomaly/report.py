@@ -34,7 +34,7 @@ th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);
 th{font-weight:600;white-space:normal;vertical-align:bottom;min-width:4rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 .charts{display:flex;flex-wrap:wrap;gap:1rem 2rem}figure{margin:0;max-width:100%}
-.charts figure{width:320px}.wide img{width:100%;min-width:640px}
+.charts figure{width:320px}.wide img{max-width:max(100%,640px)}
 figcaption,.dim{color:var(--dim);font-size:13px}svg{max-width:100%;height:auto}
 .charts text{font:11px system-ui,sans-serif;fill:var(--dim)}
 .good{fill:var(--good);stroke:var(--good)}.bad{fill:var(--bad);stroke:var(--bad)}
