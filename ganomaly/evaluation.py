@@ -16,9 +16,8 @@ from ganomaly.data import Category
 from ganomaly.detector import Detector
 from ganomaly.experiment import Run
 from ganomaly.files import write_json
-from ganomaly.results import FIGURES
+from ganomaly.results import FIGURES, LOOK
 
-LOOK = 1000  # images of a kind that a look scores
 SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32,
 SOME_BYTES = 2**28  # where they take no more than this
 LEAST = 82  # but as many: every second is enough for a PCA of 40 components
