@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ from ganomaly.config import Config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
+from ganomaly.packed import Packed
 from ganomaly.scoring import calibrate, fit_whitening, p_values, threshold_at, whitened
 
 from .conftest import ROOT
@@ -64,6 +66,31 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
     black[4] = pixels[4]
     among_black = detector.scores(black)
     assert close({n: v[4] for n, v in whole.items()}, {n: v[4] for n, v in among_black.items()})
+
+
+@pytest.mark.parametrize(
+    "n, size, extra_layers", [(1, 32, 0), (3, 32, 1), (1, 128, 0), (70, 32, 0)]
+)
+def test_packed_weights_give_the_networks_outputs(n, size, extra_layers):
+    config = SMALL.replace(image_size=size, width=16, extra_layers=extra_layers)
+    networks = build(config)
+    for network in networks.values():
+        initialise(network, torch.Generator().manual_seed(1))
+    ours = Detector(networks, config, CPU)
+    assert any(isinstance(m, Packed) for m in ours.fast["generator"].modules())
+    rng = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=rng)
+    with torch.inference_mode():
+        plain = detectors.outputs_of(networks, to_input(pixels, CPU))
+    for a, b in zip(copy.deepcopy(ours).outputs(pixels), plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_are_used_as_they_are_where_weights_cannot_be_packed(detector, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    plain = Detector(detector.networks, SMALL, CPU, None, detector.calibration, detector.threshold)
+    assert plain.fast == plain.networks
+    assert close(plain.scores(images(9)), detector.scores(images(9)))
 
 
 def test_scoring_changes_no_buffer_and_no_weight(detector):
