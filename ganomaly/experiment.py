@@ -24,7 +24,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
-from ganomaly.pictures import png
+from ganomaly.pictures import panel, png
 from ganomaly.results import (
     COUNTS,
     FIGURES,
@@ -223,15 +223,6 @@ def kept_lines(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             pass
     return kept
-
-
-def panel(x: Tensor, x_hat: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1]: a row of images, of reconstructions, of mean absolute differences."""
-    from torchvision.utils import make_grid
-
-    difference = ((x - x_hat).abs().mean(1, keepdim=True) / 0.5).expand_as(x)
-    rows = torch.cat([(x + 1) / 2, (x_hat + 1) / 2, difference])
-    return make_grid(rows.float().cpu(), nrow=len(x), padding=1, pad_value=0.5).clamp(0, 1)
 
 
 # The recipe of an experiment
