@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -302,25 +302,41 @@ def write_results(experiment: Path) -> None:
         rebuild_results(experiment)
 
 
-def rebuild_results(experiment: Path) -> None:
-    found, recipes = {}, []
+def runs_of(
+    experiment: Path, refused: Callable[[UserError], None]
+) -> Iterator[tuple[Path, dict, Config]]:
+    """Folder, metrics and config of every finished run; `refused` is told of one that is damaged.
+
+    A run that another process is making anew meanwhile is left out.
+    """
     for path in sorted(experiment.glob("*/seed*/metrics.json")):
         try:
             metrics = read_metrics(path)
-            recipes.append(recipe_of(configuration.load(path.with_name("config.json"))))
-            found[path] = metrics
-        except FileNotFoundError:  # another process is making this run anew
+            config = configuration.load(path.with_name("config.json"))
+        except FileNotFoundError:
             continue
-        except UserError as error:  # which is no reason to stop the others
-            print(f"warning: not in the tables of {experiment}: {error}", file=sys.stderr)
+        except UserError as error:
+            refused(error)
+        else:
+            yield path.parent, metrics, config
+
+
+def rebuild_results(experiment: Path) -> None:
+    def refused(error):  # which is no reason to stop the others
+        print(f"warning: not in the tables of {experiment}: {error}", file=sys.stderr)
+
+    found, recipes = {}, []
+    for run, metrics, config in runs_of(experiment, refused):
+        found[run] = metrics
+        recipes.append(recipe_of(config))
     runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
     # Means are of runs of one config; `local` may hold others.
     alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
     looks: dict[str, list] = {}
     best = {}  # an oracle: what choosing the checkpoint on the test set would have given
-    for path, m in found.items():
-        if looked := curves.read(path.with_name("curve.csv")):
-            looks.setdefault(path.parent.parent.name, []).append(looked)
+    for run, m in found.items():
+        if looked := curves.read(run / "curve.csv"):
+            looks.setdefault(run.parent.name, []).append(looked)
             if m["score"] in looked and m["auroc"] is not None:
                 best[m["category"], m["seed"]] = max(m["auroc"], *looked[m["score"]].values())
     if looks:

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ganomaly import charts
-from ganomaly.errors import UserError
-from ganomaly.experiment import read_metrics
+from ganomaly.experiment import runs_of
 
 ERRORS = 6  # images of each kind
 STYLE = """
@@ -53,15 +52,8 @@ def page(folder: Path, explain: Callable) -> str:
     paths, or says in a sentence why it cannot.
     """
     missing: dict[str, None] = {}  # sentences
-    runs = {}
-    for path in sorted(folder.glob("*/seed*/metrics.json")):
-        try:
-            metrics = read_metrics(path)
-        except UserError as error:
-            missing[f"{error}."] = None
-            continue
-        if metrics["auroc"] is not None:
-            runs[path.parent] = metrics
+    found = runs_of(folder, lambda error: missing.setdefault(f"{error}."))
+    runs = {run: metrics for run, metrics, _ in found if metrics["auroc"] is not None}
     text = (folder / "results.md").read_text(encoding="utf-8") if runs else ""
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",

@@ -104,18 +104,16 @@ def changed(recipe: Config, changes: dict) -> Config:
 
 def write_tables(folder: Path) -> None:
     """results.csv and results.md, from the metrics of all runs that are there."""
-    from ganomaly.experiment import read_metrics
+    from ganomaly.experiment import runs_of
     from ganomaly.files import write_atomic
     from ganomaly.results import csv_text
 
+    def refused(error):
+        print(f"warning: not in the table: {error}", file=sys.stderr)
+
     runs = {}  # (ablation, category, seed) -> metrics
     for name, _ in ABLATIONS:
-        for path in sorted((folder / slug(name)).glob("*/seed*/metrics.json")):
-            try:
-                metrics = read_metrics(path)
-            except UserError as error:
-                print(f"warning: not in the table: {error}", file=sys.stderr)
-                continue
+        for _, metrics, _ in runs_of(folder / slug(name), refused):
             if metrics["auroc"] is not None:
                 runs[name, metrics["category"], metrics["seed"]] = metrics
     scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
