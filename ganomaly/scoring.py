@@ -12,6 +12,12 @@ from torch import Tensor
 
 FOLDS = 5
 
+_ROWS = torch.tensor([1.0, 0.0, -1.0]).view(1, 1, 3, 1).expand(1, 1, 3, 3) / 3
+PREWITT = torch.cat([_ROWS, _ROWS.transpose(2, 3)])  # (2, 1, 3, 3), of rows and of columns
+_BELL = torch.exp(-torch.arange(-3.0, 4.0).square() / 2)
+_BELL = _BELL / _BELL.sum()
+GAUSSIAN = torch.outer(_BELL, _BELL)  # (7, 7), of one pixel
+
 
 class Outputs(NamedTuple):
     """What the networks make of a batch, float32."""
@@ -54,19 +60,13 @@ def gradient_map(o: Outputs) -> Tensor:
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
     """Prewitt's, of (B, 1, h, w)."""
-    rows = (
-        torch.tensor([1.0, 0.0, -1.0], device=grey.device).view(1, 1, 3, 1).expand(1, 1, 3, 3) / 3
-    )
-    kernels = torch.cat([rows, rows.transpose(2, 3)])
     padded = F.pad(grey, (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(padded, kernels).square().sum(1, keepdim=True).add(1e-12).sqrt()
+    return F.conv2d(padded, PREWITT.to(grey.device)).square().sum(1, keepdim=True).add(1e-12).sqrt()
 
 
 def blurred(m: Tensor) -> Tensor:
     """A map (B, S, S) under a Gaussian of one pixel, cut off after three."""
-    bell = torch.exp(-torch.arange(-3.0, 4.0, device=m.device).square() / 2)
-    bell = bell / bell.sum()
-    kernels = torch.outer(bell, bell).expand(m.shape[0], 1, 7, 7)  # a channel an image: the fastest
+    kernels = GAUSSIAN.to(m.device).expand(m.shape[0], 1, 7, 7)  # a channel an image: the fastest
     return F.conv2d(F.pad(m, (3, 3, 3, 3), mode="reflect"), kernels, groups=m.shape[0])
 
 
