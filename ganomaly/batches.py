@@ -27,7 +27,7 @@ def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -
     return relative(x).div_(scale)
 
 
-def to_pixels(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
+def from_input(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
     """What to_input did to uint8 pixels (B, C, S, S), undone for another x (B, C, S, S)."""
     if scale is None:
         grey = (x + 1) * 127.5
@@ -45,13 +45,13 @@ def relative(x: Tensor) -> Tensor:
     return x.div_(mean.clamp_min(DARK)).sub_(1)
 
 
-def fitted_scale(images: Tensor, some: int = 200) -> float:
+def fitted_scale(images: Tensor) -> float:
     """The scale at which uint8 images (N, C, S, S) fill the range but for a pixel in a thousand.
 
-    From about `some` of them, evenly spread. A fixed one would give a set of low contrast a small
+    From about 200 of them, evenly spread. A fixed one would give a set of low contrast a small
     part of the range, and small residuals.
     """
-    picked = images[:: max(1, len(images) // some)].float()
+    picked = images[:: max(1, len(images) // 200)].float()
     far = relative(picked).abs_().flatten()
     return max(float(far.kthvalue(max(1, int(0.999 * len(far)))).values), 0.05)
 

@@ -227,10 +227,10 @@ def nearest(name: str, known) -> str:
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
 
 
-def differences(ours: Config, theirs: Config, ignore=("checkpoint_every",)) -> list[str]:
-    """Fields in which two configs differ, as 'name (theirs there, ours asked)'."""
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Fields in which results differ, as 'name (theirs there, ours asked)'."""
     return [
         f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"
         for name in FIELDS
-        if name not in ignore and getattr(ours, name) != getattr(theirs, name)
+        if name != "checkpoint_every" and getattr(ours, name) != getattr(theirs, name)
     ]

@@ -46,14 +46,14 @@ class Corruption:
     def draws(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.rng, device=self.device)
 
-    def normal(self, *shape: int) -> Tensor:
+    def gaussian(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, device=self.device)
 
     def whole(self, low: int, high: int, n: int) -> Tensor:
         return torch.randint(low, high, (n,), generator=self.rng, device=self.device)
 
     def colour(self, like: Tensor) -> Tensor:
-        return self.chroma * self.normal(*like.shape[:2], 1, 1)
+        return self.chroma * self.gaussian(*like.shape[:2], 1, 1)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
         """Each image transposed or not, mirrored or not, and rolled by up to reach S."""
@@ -97,7 +97,7 @@ class Corruption:
         shade = shade + sign * (0.12 + self.draws(n, 1, 1, 1).square())
         # A flat colour with some texture
         cells = int(2 * (size / 2) ** float(torch.rand(1, generator=self.host)))
-        texture = self.normal(n, 1, cells, cells)
+        texture = self.gaussian(n, 1, cells, cells)
         texture = F.interpolate(texture, size=(size, size), mode="bilinear")
         flat = 2 * self.draws(n, 1, 1, 1) - 1 + 0.3 * self.draws(n, 1, 1, 1) * texture
         flat = flat + self.colour(x)

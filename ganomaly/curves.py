@@ -24,7 +24,7 @@ STYLE = (
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """A run's curve.csv: a row a look; none where there is no such file, or a damaged one."""
+    """A run's curve.csv: a row per look; none where there is no such file, or a damaged one."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, dict[int, float]]:
 
 
 def svg(title: str, runs: dict[str, list[dict[str, dict[int, float]]]]) -> str:
-    """The picture of category -> its seeds' curves; a thin line a seed, a thick one their mean."""
+    """The picture of category -> its seeds' curves; a thin line per seed, a thick one for all."""
     names = list(dict.fromkeys(n for curves in runs.values() for curve in curves for n in curve))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     columns = min(COLUMNS, len(runs))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ganomaly import config as configuration
-from ganomaly.batches import to_input, to_pixels
+from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory
 from ganomaly.files import read_torch
@@ -150,7 +150,7 @@ class Detector:
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
         parts = self.each(pixels, lambda o: o.x_hat.cpu())
-        return to_pixels(torch.cat(parts), pixels, self.scale)
+        return from_input(torch.cat(parts), pixels, self.scale)
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""

@@ -16,11 +16,11 @@ from ganomaly.data import Category
 from ganomaly.detector import Detector
 from ganomaly.experiment import Run
 from ganomaly.files import write_json
-from ganomaly.results import FIGURES, LOOK
+from ganomaly.results import FIGURES, LOOK_IMAGES
 
-SOME = 10_000  # images at a time, and at most for the mean image and the PCA, as float32,
-SOME_BYTES = 2**28  # where they take no more than this
-LEAST = 82  # but as many: every second is enough for a PCA of 40 components
+# Images at a time, and at most for the mean image and the PCA: as many as take these bytes in
+# float32, but at least so many that every second one suffices for a PCA of 40 components
+CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 
 
 def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
@@ -55,7 +55,8 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
     if not len(labels):
         figures = dict.fromkeys(FIGURES)
         return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
-    some = max(LEAST, min(SOME, SOME_BYTES // (4 * category.test[0].numel())))
+    fitting = CONTROL_BYTES // (4 * category.test[0].numel())
+    some = max(CONTROL_LEAST, min(CONTROL_IMAGES, fitting))
     as_numpy = {name: values.numpy() for name, values in scores.items()}
     each = {name: metrics.auroc(labels, values) for name, values in as_numpy.items()}
     return {
@@ -99,10 +100,10 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
 def look(
     config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
 ) -> dict[str, float]:
-    """AUROC of every score in the middle of training, on up to LOOK images of a kind."""
+    """AUROC of every score in the middle of training, on up to LOOK_IMAGES images of a kind."""
     detector = Detector(copy.deepcopy(networks), config, device, scale)
-    detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK)])
-    picked = samples_of(category.test_labels, LOOK)
+    detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK_IMAGES)])
+    picked = samples_of(category.test_labels, LOOK_IMAGES)
     scores = detector.scores(category.test[picked])
     labels = category.test_labels[picked]
     return {name: metrics.auroc(labels, values.numpy()) for name, values in scores.items()}

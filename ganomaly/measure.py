@@ -32,7 +32,9 @@ from ganomaly.images import read_images
 from ganomaly.networks import build, initialise
 from ganomaly.training import AMP, TICK, resolve_amp, train
 
-ONCE = ("Set-up", "Networks", "Go on from a checkpoint")  # paragraphs before the training loop
+# Paragraphs of train() before its loop, and those that not every step passes
+ONCE = ("Set-up", "Networks", "Go on from a checkpoint")
+AT_CHECKPOINTS = ("Look at what is learnt so far", "Checkpoint")
 
 # Measurements: they return what a JSON line can hold
 
@@ -58,7 +60,7 @@ def training(device: torch.device, values: dict, n: int, seconds: float) -> dict
 
 
 def training_count(device: torch.device, values: dict) -> dict:
-    """Billions of multiply-adds of a training step an image, as torch counts them."""
+    """Billions of multiply-adds of a training step, per image, as torch counts them."""
     small, cpu = resolve(values).replace(batch_size=4, amp="fp32"), torch.device("cpu")
     watch = Stopwatch(cpu, 0, warm_up=1, least=0)
     with FlopCounterMode(display=False) as counter:
@@ -68,7 +70,7 @@ def training_count(device: torch.device, values: dict) -> dict:
 
 def profile(device: torch.device, name: str, threads: int) -> dict:
     """Milliseconds a training step by the paragraphs of train(), from a short run of a recipe."""
-    recipe = recipe_of(name)
+    recipe = load_recipe(name)
     config = recipe.replace(
         dataset="folder", category="drawn", steps=2 * TICK, checkpoint_every=TICK, amp="auto",
         threads=threads,
@@ -86,8 +88,7 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
     detector.scores(pixels)
     scored = time.perf_counter() - before
     phases = {title: 1000 * spent / config.steps for title, spent in inside.seconds.items()}
-    # What is done at checkpoints, at the recipe's own interval
-    for title in ("Look at what is learnt so far", "Checkpoint"):
+    for title in AT_CHECKPOINTS:  # which come at the recipe's own interval
         phases[title] *= config.checkpoint_every / recipe.checkpoint_every
     return {
         **{title: ms for title, ms in phases.items() if title not in ONCE},
@@ -98,7 +99,7 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
 
 def scoring(device: torch.device, name: str, seconds: float) -> dict:
     """Milliseconds from one uint8 image to all of its scores, and what that costs by count."""
-    detector = untrained(recipe_of(name), device)
+    detector = untrained(load_recipe(name), device)
     use_threads(detector.config.threads)
     image, times = drawn(detector.config, 1), []
     counted = copy.copy(detector)
@@ -124,7 +125,7 @@ def decode_and_score(device: torch.device, folder: str, n: int, side: int) -> di
     images.mkdir()
     for i in range(n):
         blotches(i, side).save(images / f"{i:05}.jpg", quality=90)
-    write_torch(model, untrained(recipe_of("calibrated"), torch.device("cpu")).state())
+    write_torch(model, untrained(load_recipe("calibrated"), torch.device("cpu")).state())
     detector = load_detector(model, device)
     use_threads(detector.config.threads)
     config = detector.config
@@ -232,9 +233,9 @@ class Paragraphs:
         return self.line
 
 
-def best_time(function: Callable, device: torch.device, repeats: int = 10) -> float:
+def best_time(function: Callable, device: torch.device) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(10):
         wait_for(device)
         begun = time.perf_counter()
         function()
@@ -251,7 +252,7 @@ def wait_for(device: torch.device) -> None:
 # On what
 
 
-def recipe_of(name: str) -> Config:
+def load_recipe(name: str) -> Config:
     return configuration.load(ROOT / "experiments" / name / "config.json")
 
 

@@ -53,7 +53,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
-    """Mean brightness of images (N, ...), uint8 or float in [0, 1], in tenths of a grey level.
+    """Mean brightness of images (N, ...), uint8 or float in [0, 1]: (N,) grey levels, to a tenth.
 
     No finer: where each mean was removed, the rank of what is left would be one of rounding.
     """

@@ -37,7 +37,7 @@ PAUSE = 2  # seconds, while other processes are at all that is left
 
 def run_of(config: Config, folder: Path, data_root: Path | None, device: torch.device) -> Run:
     """The run of a config in an experiment's folder; UserError where that has another recipe."""
-    config = resolved(config, device)
+    config = with_precision(config, device)
     run = Run(folder, data.category_name(config, data_root), config)
     experiment.check_recipe(folder, config)
     return run
@@ -242,7 +242,7 @@ def check_train_files(row: dict, config: Config, data_root: Path | None) -> None
         )
 
 
-def resolved(config: Config, device: torch.device) -> Config:
+def with_precision(config: Config, device: torch.device) -> Config:
     """The config with the precision that `auto` stands for on this device."""
     return config.replace(amp=resolve_amp(config.amp, device))
 

@@ -19,7 +19,7 @@ COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
 METRICS = (*SOURCE, *FIGURES, *COUNTS, *TIMES)  # the keys of metrics.json
 ORACLE = "auroc_best_checkpoint"  # of results.md only
-LOOK = 1000  # images of a kind that a look at a checkpoint scores
+LOOK_IMAGES = 1000  # images of a kind that a look at a checkpoint scores
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
 
 
@@ -34,7 +34,7 @@ def score_columns(rows: list[dict]) -> list[str]:
 
 
 def mean_rows(rows: list[dict]) -> list[dict]:
-    """A mean a seed over the evaluated categories, with and without screw.
+    """A mean per seed over the evaluated categories, with and without screw.
 
     Named Mean only over a data set's whole list of categories, else `Mean of k`.
     """
@@ -126,7 +126,7 @@ def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | Non
         f"Score {', '.join(sorted({row['score'] for row in evaluated}))}; seeds {seeds}; mean ± "
         "standard deviation over seeds. F1 is at the threshold that held-out normal images set; "
         "two oracles, which cannot be had without labels, are the best F1 over all thresholds and "
-        f"the best AUROC over a run's checkpoints, seen on up to {LOOK:,} images of a kind.",
+        f"the best AUROC over a run's checkpoints, seen on up to {LOOK_IMAGES:,} images of a kind.",
         "",
         *table({**columns, **{key: None for key in published}}, shown, published),
         "",

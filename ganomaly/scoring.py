@@ -66,7 +66,7 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
 
 def blurred(m: Tensor) -> Tensor:
     """A map (B, S, S) under a Gaussian of one pixel, cut off after three."""
-    kernels = GAUSSIAN.to(m.device).expand(m.shape[0], 1, 7, 7)  # a channel an image: the fastest
+    kernels = GAUSSIAN.to(m.device).expand(m.shape[0], 1, 7, 7)  # a channel per image: the fastest
     return F.conv2d(F.pad(m, (3, 3, 3, 3), mode="reflect"), kernels, groups=m.shape[0])
 
 
@@ -75,10 +75,10 @@ def comparator_map(o: Outputs) -> Tensor:
     return blurred(o.logits)
 
 
-def highest(m: Tensor, share: float = 0.01) -> Tensor:
+def highest(m: Tensor) -> Tensor:
     """Mean of the highest hundredth of a map's pixels: (B, S, S) -> (B,)."""
     pixels = m.flatten(1)
-    return pixels.topk(max(1, int(share * pixels.shape[1]))).values.mean(1)
+    return pixels.topk(max(1, int(0.01 * pixels.shape[1]))).values.mean(1)
 
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
@@ -129,7 +129,7 @@ class Calibration:
 
 
 def whitened(gaps: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
-    """Squared Mahalanobis distance of z - z_hat, a latent dimension: (N,) float32."""
+    """Squared Mahalanobis distance of z - z_hat, per latent dimension: (N,) float32."""
     centred = gaps - mean
     return ((centred @ precision) * centred).mean(1).float()
 
@@ -143,6 +143,7 @@ def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit(raw: Raw) -> Statistics:
+    """Of n normal images; a deviation is at least 1e-12."""
     parts = {name: raw.scores[name].double() for name in MAPS if name in raw.scores}
     return Statistics(
         *fit_whitening(raw.gaps),

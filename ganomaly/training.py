@@ -1,6 +1,7 @@
 """train(): the alternating updates of GANomaly as one linear function.
 
-Knows nothing of folders: `run` takes log records and checkpoints, and shows progress.
+Knows nothing of folders: `run` takes log records and checkpoints, and shows progress. The comments
+above its paragraphs are the rows of `make speed`'s profile.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one and
-    run.preview(step, networks, scale) may look at copies of them, run.log(record) takes the mean
-    losses of a tick, run.progress is a tqdm and run.skip(steps) moves it past what was done before.
-    Raises UserError when a loss or a weight is not finite; the last checkpoint stays.
+    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one, before which
+    run.preview(step, networks, scale) looks at the networks and changes nothing; run.log(record)
+    takes the mean losses of a tick, run.progress is a tqdm, and run.skip(steps) moves it past what
+    was done before. UserError for a checkpoint of other images, code or device, and where a loss or
+    a weight is not finite; the last checkpoint stays.
     """
     # Networks, optimisers, data: one random stream for initialisation and batches, and another for
     # the comparator, which so leaves the generator as it would be without

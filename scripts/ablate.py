@@ -63,7 +63,7 @@ def main(argv=None) -> int:
 
     categories = asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
-    recipe = pipeline.resolved(recipe, device)
+    recipe = pipeline.with_precision(recipe, device)
     chosen = {name: changed(recipe, changes) for name, changes in ABLATIONS}
     chosen = {name: config for name, config in chosen.items() if name in (args.only or names)}
     if same := [n for n, config in chosen.items() if config == recipe and n != "base"]:

@@ -63,10 +63,10 @@ def main(argv=None) -> int:
     if not jobs:
         raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
     device = use_device(args.device, args.deterministic)
-    experiment.check_recipe(folder, pipeline.resolved(base, device))
+    experiment.check_recipe(folder, pipeline.with_precision(base, device))
 
     if args.dry_run:
-        print(pipeline.resolved(base, device).to_json() + "would:")
+        print(pipeline.with_precision(base, device).to_json() + "would:")
         return pipeline.plan_all(jobs, args.data_root, device, args.force)
 
     failed = pipeline.run_all(

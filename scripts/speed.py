@@ -213,10 +213,10 @@ def benchmark(args, table: dict) -> list[dict]:
             files = Path(scratch, f"by{n}").rglob("metrics.json")
             runs = [json.loads(path.read_text()) for path in files]
             steps, whole = sum(of(runs, "train_seconds")), max(of(told, "wall_seconds"))
-            row = {"processes": n, "categories": len(runs), "training_steps": steps}
-            row |= {"images_per_second": of(runs, "images_per_second"), "benchmark": whole}
-            row["benchmark_over_steps"] = n * whole / steps
-            rows.append({**row, "efficiency": (rows or [row])[0]["benchmark"] / n / whole})
+            row = {"processes": n, "categories": len(runs), "training_seconds": steps}
+            row |= {"images_per_second": of(runs, "images_per_second"), "benchmark_seconds": whole}
+            row["benchmark_over_training"] = n * whole / steps
+            rows.append({**row, "efficiency": (rows or [row])[0]["benchmark_seconds"] / n / whole})
     return rows
 
 
@@ -243,7 +243,7 @@ COUNTED: dict[str, float] = {}
 
 
 def multiply_adds(args, batch_size: int = 16, **shape) -> float:
-    """Billions of a training step an image, whatever the batch; counted once a shape."""
+    """Billions of a training step, per image, whatever the batch; counted once per shape."""
     values = {"dataset": "folder", "threads": args.threads, **shape}
     key = str(sorted(values.items()))
     if key not in COUNTED:

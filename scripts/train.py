@@ -32,7 +32,7 @@ def main(argv=None) -> int:
 
     device = use_device(args.device, args.deterministic)
     if args.dry_run:
-        print(pipeline.resolved(config, device).to_json() + "would: ", end="")
+        print(pipeline.with_precision(config, device).to_json() + "would: ", end="")
         print(pipeline.plan(config, folder, args.data_root, device, args.force))
         return 0
     metrics, trained = pipeline.run_one(

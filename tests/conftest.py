@@ -61,14 +61,20 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
+def load_script(name: str):
+    """scripts/<name>.py as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def script(capsys):
     """script("train", "--steps", "5") -> (exit code, standard output, standard error)."""
 
     def call(name: str, *words) -> tuple[int, str, str]:
-        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script(name)
         capsys.readouterr()
         code = guard(module.main, [str(word) for word in words])
         out, err = capsys.readouterr()

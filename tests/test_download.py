@@ -1,7 +1,6 @@
 """make download, from local servers that misbehave."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import tarfile
@@ -14,7 +13,7 @@ import pytest
 from ganomaly.data import MVTEC
 from ganomaly.errors import guard
 
-from .conftest import ROOT
+from .conftest import load_script
 
 
 def packed(names, extra=()) -> bytes:
@@ -34,9 +33,7 @@ ARCHIVE = packed(MVTEC)
 @pytest.fixture
 def download(capsys, monkeypatch):
     """download(archive bytes the authors' are, flags) -> (exit code, standard error)."""
-    spec = importlib.util.spec_from_file_location("script_download", ROOT / "scripts/download.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("download")
     module.PAUSE = 0
 
     def call(archive: bytes, *words, free: float | None = None):

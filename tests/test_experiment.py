@@ -70,7 +70,6 @@ def test_mean_rows_of_each_seed_and_of_other_data_sets():
     digits = [run_metrics(name, dataset="digits") for name in TEN]
     assert rows_of(digits)[-1]["category"] == "Mean"
     assert rows_of(digits[:-1])[-1]["category"] == "Mean of 9"
-    assert rows_of(digits[:-1])[-1]["category"] == "Mean of 9"
 
 
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():

@@ -1,6 +1,5 @@
 """Counts against a closed form, times against a clock that the test sets."""
 
-import importlib.util
 import json
 import sys
 import time
@@ -11,8 +10,9 @@ import torch
 from ganomaly import measure
 from ganomaly.config import Config
 from ganomaly.errors import UserError
+from ganomaly.training import train
 
-from .conftest import ROOT
+from .conftest import load_script
 
 CPU = torch.device("cpu")
 
@@ -81,24 +81,22 @@ def test_paragraphs_are_told_by_their_comments(monkeypatch):
     assert {k: v for k, v in inside.seconds.items() if v} == {"One": 4, "Two": 60}
 
 
+def test_the_profile_knows_the_paragraphs_of_training():
+    titles = set(measure.Paragraphs(train, CPU).titles.values())
+    assert {*measure.ONCE, *measure.AT_CHECKPOINTS, "D step", "G step"} <= titles
+
+
 def test_speed_of_training_and_scoring_are_told(monkeypatch):
     tiny = dict(dataset="folder", image_size=32, width=4, latent_dim=8, batch_size=4, amp="fp32")
     found = measure.training(CPU, tiny, 8, 0.05)
     assert found["images_per_second"] > 0 and json.dumps(found)
-    monkeypatch.setattr(measure, "recipe_of", lambda _: Config(**tiny))
+    monkeypatch.setattr(measure, "load_recipe", lambda _: Config(**tiny))
     found = measure.scoring(CPU, "paper", 0.05)
     assert 0 < found["median"] <= found["p99"]
     first, others, head = multiply_adds(32, 3, 4, 8)
     networks = 5 * (first + others) + 3 * head  # the discriminator's features of both images
     # The maps' own small filters are counted with it
     assert networks < found["G_multiply_adds"] * 1e9 < networks + 32 * 32 * 300
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("script_speed", ROOT / "scripts/speed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_speed_table_is_read_off_its_json(script, tmp_path):
@@ -108,7 +106,7 @@ def test_the_speed_table_is_read_off_its_json(script, tmp_path):
     (row,) = table["roof"]["rows"]
     assert row["threads"] == 1 and min(row["float32"], row["amp"], row["GB"]) > 0
     assert (tmp_path / "local/speed.md").read_text() in out
-    assert f"| 1 | {load_script().cell(row['float32'])} |" in out
+    assert f"| 1 | {load_script('speed').cell(row['float32'])} |" in out
     code, _, err = script("speed", "--only=rof", "--experiments-dir", tmp_path)
     assert code == 2 and "no such part; there: roof, training" in err
 
@@ -121,7 +119,7 @@ def test_the_table_without_a_roof_says_what_to_measure_first(script, tmp_path):
 
 
 def test_a_process_is_read_by_its_last_json_line_and_its_failure_told():
-    speed = load_script()
+    speed = load_script("speed")
     code = (
         'import time; print("note"); print(\'{"images_per_second": 7}\');'
         "x = bytearray(80_000_000); time.sleep(.2)"
@@ -133,7 +131,7 @@ def test_a_process_is_read_by_its_last_json_line_and_its_failure_told():
 
 
 def test_cells_have_three_digits_and_a_range():
-    cell = load_script().cell
+    cell = load_script("speed").cell
     assert cell([3.0, 1.0, 2.2222]) == "2.22 (1 to 3)"
     assert [cell(x) for x in (123.4, 0.01234, None, "a_b", [5.0])] == [
         "123",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ganomaly import detector as detectors
 from ganomaly import scoring
-from ganomaly.batches import to_input, to_pixels
+from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.errors import UserError
@@ -423,9 +423,9 @@ def test_a_reconstruction_is_shown_in_the_exposure_of_its_image():
     pixels = images(4, 2)
     for scale in (None, 0.7):
         seen = to_input(pixels, CPU, scale)
-        assert torch.equal(to_pixels(seen, pixels, scale), pixels)
+        assert torch.equal(from_input(seen, pixels, scale), pixels)
     darker = (pixels.float() / 2).round().to(torch.uint8)
-    shown = to_pixels(to_input(pixels, CPU, 0.7), darker, 0.7)
+    shown = from_input(to_input(pixels, CPU, 0.7), darker, 0.7)
     assert (shown.int() - darker.int()).abs().max() <= 1
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import importlib.util
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked
 from ganomaly.training import NAMES
 
-from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category
+from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category, load_script
 
 FIELDS_OF_METRICS = {
     "category", "seed", "score", "auroc", "average_precision", "threshold", "f1", "precision",
@@ -525,31 +524,6 @@ def test_a_network_that_diverged_is_one_line(script, parts, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline, "train", diverged)
     code, _, err = script("train", *train_words(parts, tmp_path))
     assert code == 2 and "not finite" in one_line_error(err)
-
-
-def test_a_damaged_checkpoint_is_named_set_aside_and_training_starts_anew(script, parts, tmp_path):
-    script("train", *train_words(parts, tmp_path / "whole"))
-    script("train", *train_words(parts, tmp_path))
-    folder = folder_of(tmp_path)
-    (folder / "metrics.json").unlink()
-    content = (folder / "last.pt").read_bytes()
-    (folder / "last.pt").write_bytes(content[: len(content) // 2])
-    code, _, err = script("train", *train_words(parts, tmp_path))
-    assert code == 0 and "last.pt is damaged" in err
-    assert (folder / "last.damaged.pt").stat().st_size == len(content) // 2
-    assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
-
-
-def test_a_checkpoint_that_is_not_ours_is_set_aside_too(script, parts, tmp_path):
-    script("train", *train_words(parts, tmp_path / "whole"))
-    folder = folder_of(tmp_path)
-    for content in ([1, 2], {"step": 3}):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        torch.save(content, folder / "last.pt")
-        code, _, err = script("train", *train_words(parts, tmp_path))
-        assert code == 0 and "last.pt is damaged" in err
-        assert numbers(folder) == numbers(folder_of(tmp_path / "whole"))
 
 
 # evaluate.py, predict.py
@@ -1052,15 +1026,8 @@ def test_digits_are_the_default_and_need_nothing(script, tmp_path):
 # scale.py
 
 
-def module_of(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_simulation_is_right_where_the_answer_is_known(script):
-    makespan = module_of("scale").makespan
+    makespan = load_script("scale").makespan
     runs = [10.0, 20, 30, 40]
     assert makespan(runs, 1, 3, 0) == 103
     assert makespan(runs, 4, 3, 0) == makespan(runs, 9, 3, 0) == 43
@@ -1077,7 +1044,7 @@ def test_the_simulation_is_right_where_the_answer_is_known(script):
 
 @pytest.fixture
 def ablate():
-    return module_of("ablate")
+    return load_script("ablate")
 
 
 def ablation_words(parts, tmp_path, *more):
