@@ -83,10 +83,10 @@ class Corruption:
         n, _, size, _ = x.shape
         alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
-        # A piece of another image, drawn where the images are, or of itself
-        rng = self.rng if self.images.device == self.device else self.host
-        picked = torch.randint(len(self.images), (n,), generator=rng, device=self.images.device)
-        other = self.images[picked]
+        # A piece of another image, or of itself; drawn on the host, as where the images are depends
+        # on what else the device holds
+        picked = torch.randint(len(self.images), (n,), generator=self.host)
+        other = self.images[picked.to(self.images.device, non_blocking=True)]
         other = to_input(other, self.device, self.scale)
         piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))

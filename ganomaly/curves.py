@@ -30,7 +30,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
         for row in rows:
             int(row["step"])
-            [float(value) for value in row.values()]
+            if not all(0 <= float(row[name]) <= 1 for name in row.keys() - {"step"}):
+                return []
     except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return []
     return rows

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def check_class(config: Config) -> None:
 
 def category_name(config: Config, data_root: Path | None) -> str:
     """The name of a run's category: the root's own name where the root itself is the category."""
-    name = config.category or data_root_of(config.dataset, data_root).resolve().name
+    name = config.category or Path(os.path.realpath(data_root_of(config.dataset, data_root))).name
     if not is_name(name):
         raise UserError(f"--data-root: {name!r} cannot name a run's folder; rename it")
     return name

@@ -84,17 +84,27 @@ def guard(main, argv: list[str] | None = None) -> int:
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as interruption:
         print("\n" + ": ".join(["interrupted", *interruption.args]), file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe has gone; keep the interpreter from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe has gone
+        give_up_output()
         return 2
     except Exception as error:
         line = describe(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
+        give_up_output()
         return 2
+
+
+def give_up_output() -> None:
+    """What standard output does not take is not tried again, and complained of, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,9 @@ written last.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from ganomaly.errors import UserError
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
 from ganomaly.pictures import panel, png
 from ganomaly.results import (
+    ALWAYS,
     COUNTS,
     FIGURES,
     METRICS,
@@ -270,6 +273,8 @@ def read_metrics(path: Path) -> dict:
         metrics = json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
         missing = [key for key in METRICS if key not in metrics]
         missing = missing or [key for key in METRICS if not of_its_kind(key, metrics[key])]
+        if not missing and metrics["auroc"] is not None:
+            missing = [key for key in ALWAYS if metrics[key] is None]
     except (ValueError, TypeError, RecursionError) as error:
         missing = [str(error)]
     if missing:
@@ -285,21 +290,30 @@ def of_its_kind(key: str, value) -> bool:
     if key in ("category", "dataset", "score"):
         return isinstance(value, str)
     if key == "provenance":
-        return isinstance(value, dict)
+        return isinstance(value, dict) and isinstance(value.get("date", ""), str)
     if key == "scores":
         return isinstance(value, dict) and all(of_its_kind(FIGURES[0], v) for v in value.values())
     if key == "seed" or key in COUNTS:
         return type(value) is int
-    return type(value) in (int, float) or (value is None and key in FIGURES)
+    if value is None:
+        return key in FIGURES
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def write_results(experiment: Path) -> None:
     """Rebuild results.csv and results.md from the runs' metrics.json files."""
-    with locked(experiment, wait=True):  # the last of several processes writes what all have done
-        for name in SHARED:  # what a process left that was killed as it wrote them
+    with rewriting(experiment):  # the last of several processes writes what all have done
+        rebuild_results(experiment)
+
+
+@contextlib.contextmanager
+def rewriting(experiment: Path):
+    """Around the writing of its tables; without what a process left that was killed over it."""
+    with locked(experiment, wait=True):
+        for name in SHARED:
             for path in experiment.glob(f".{name}.*.tmp"):
                 path.unlink()
-        rebuild_results(experiment)
+        yield
 
 
 def runs_of(
@@ -313,6 +327,9 @@ def runs_of(
         try:
             metrics = read_metrics(path)
             config = configuration.load(path.with_name("config.json"))
+            name, seed = metrics["category"], metrics["seed"]
+            if path.parent != experiment / name / f"seed{seed}":
+                raise UserError(f"{path.parent}: a copy, of {name} seed {seed}")
         except FileNotFoundError:
             continue
         except UserError as error:

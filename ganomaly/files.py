@@ -46,11 +46,15 @@ def locked(folder: Path, wait: bool = False, tidy: bool = False):
 
 
 def lock_file(folder: Path, wait: bool):
+    tries = 100
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "a")
-        except FileNotFoundError:  # the folder has just been removed
+        except FileNotFoundError:  # the folder has just been removed, or none can be made there
+            tries -= 1
+            if not tries:
+                raise
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -95,6 +99,29 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def write_output(path: Path, content: bytes | str) -> None:
+    """A file that a user names: through a link to its target; into a pipe or device as it is."""
+    if path.exists() and not path.is_file():
+        if isinstance(content, str):
+            content = content.encode("utf-8", "surrogateescape")
+        with naming(path):
+            path.write_bytes(content)
+    else:
+        write_atomic(Path(os.path.realpath(path)), content)
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of a file that a user names; UserError where it cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--output {path}: a folder; name a file")
+    if path.exists() and not path.is_file():
+        return
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: {folder} cannot be written to; choose another folder")
+
+
 def write_torch(path: Path, state: dict) -> None:
     buffer = io.BytesIO()  # so that a full disk is an OSError that names the file
     torch.save(state, buffer)
@@ -108,7 +135,10 @@ def read_torch(path: Path) -> dict:
         if damaged := zipfile.ZipFile(content).testzip():  # torch reads past a flipped bit
             raise ValueError(f"{damaged} is damaged")
         content.seek(0)
-        return torch.load(content, map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("holds no names")
+        return state
     except Exception as error:  # whatever other bytes make torch raise
         if out_of_memory(error):
             raise

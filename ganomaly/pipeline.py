@@ -27,7 +27,7 @@ from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.experiment import Run
-from ganomaly.files import Busy, locked, write_atomic, write_torch
+from ganomaly.files import Busy, locked, write_output, write_torch
 from ganomaly.images import read_images
 from ganomaly.provenance import now, provenance
 from ganomaly.training import Trained, resolve_amp, train
@@ -262,7 +262,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
     explain = partial(explained_images, data_root=data_root, device=device)
     page = report.page(folder, explain)
     with locked(folder, wait=True):
-        write_atomic(output, page)
+        write_output(output, page)
 
 
 def explained_images(

@@ -15,6 +15,7 @@ FIGURES = (
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca", "auroc_brightness_raw", "pixel_auroc",
 )  # fmt: skip
+ALWAYS = FIGURES[:11]  # of a run that was evaluated
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
 METRICS = (*SOURCE, *FIGURES, *COUNTS, *TIMES)  # the keys of metrics.json

@@ -207,7 +207,7 @@ def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
 
 def rank_at(n: int, quantile: float) -> int:
     # Rounded first: (19 + 1) * .95 is 19.000000000000004 in floating point.
-    return min(n, math.ceil(round((n + 1) * quantile, 9)))
+    return max(1, min(n, math.ceil(round((n + 1) * quantile, 9))))
 
 
 def p_values(normal: Tensor, scores: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def main(argv=None) -> int:
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 
     with leaving_at_once():
-        from ganomaly import data, pipeline
+        from ganomaly import data, experiment, pipeline
         from ganomaly.device import use_device
 
     categories = asked_categories(args) or data.categories_of(recipe, args.data_root)
@@ -82,7 +82,8 @@ def main(argv=None) -> int:
         return pipeline.plan_all(jobs, args.data_root, device)
 
     def tell(metrics: dict) -> str:
-        write_tables(folder)
+        with experiment.rewriting(folder):
+            write_tables(folder)
         if metrics["auroc"] is None:
             raise UserError("no test/, so nothing can be compared")
         return f"AUROC {metrics['auroc']:.4f}"

@@ -59,6 +59,8 @@ def again(run, given: dict, args) -> str:
     training = {key: before[key] for key in (*results.TIMES, "provenance")}
     metrics = evaluation.assess(run, detector, category, training)
     changed = [key for key in metrics if metrics[key] != before[key]]
+    if {"n_test_good", "n_test_defective"} & set(changed):  # its looks were at other images
+        run.path("curve.csv").unlink(missing_ok=True)
     told = ", ".join(changed) or "nothing: the numbers are those of the run"
     return f"{results.summary(metrics, config.quantile)}\n  changed   {told}"
 

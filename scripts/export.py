@@ -29,7 +29,7 @@ def main(argv=None) -> int:
         import torch
 
         from ganomaly.detector import load_detector
-        from ganomaly.files import write_atomic
+        from ganomaly.files import check_output, write_output
 
     detector = load_detector(args.model, torch.device("cpu"))
     c = detector.config
@@ -37,6 +37,7 @@ def main(argv=None) -> int:
     output = args.output or args.model.with_suffix(".pt2")
     if output.exists() and output.samefile(args.model):
         raise UserError(f"--output {output}: is the model; name another file")
+    check_output(output)
     rng = torch.Generator().manual_seed(0)
     shape = (5, c.channels, c.image_size, c.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
@@ -46,7 +47,7 @@ def main(argv=None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that share memory, on a GPU; these do not
         torch.export.save(program, buffer)
-    write_atomic(output, buffer.getvalue())
+    write_output(output, buffer.getvalue())
     print(
         f"{output}: uint8 (B, {c.channels}, {c.image_size}, {c.image_size}) -> {c.score} scores "
         f"(B,), verdicts (B,), heat maps (B, {c.image_size}, {c.image_size}); {above:.1%} of "

@@ -42,12 +42,15 @@ def main(argv=None) -> int:
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly.detector import load_detector
         from ganomaly.device import use_device, use_threads
+        from ganomaly.files import check_output, write_output
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
     above = detector.set_quantile(quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
-    check_output(args.output, [str(args.model), *(item.path for item in items)])
+    if args.output:
+        check_output(args.output)  # before an hour of scoring, not behind it
+        check_inputs(args.output, [str(args.model), *(item.path for item in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -83,18 +86,23 @@ def find_images(text: str) -> list[Item]:
 
     path = Path(text)
     if text == "-":
-        lines = os.fsdecode(sys.stdin.buffer.read()).splitlines()
+        given = os.fsdecode(sys.stdin.buffer.read())
+        if "\0" in given:
+            raise UserError("--images -: takes a path a line, as find prints them without -print0")
+        lines = [line.removesuffix("\r") for line in given.split("\n")]
         if not any(lines):
             raise UserError("--images -: no paths came through the pipe")
         return [item for line in lines if line for item in listed(Path(line))]
     if path.is_dir():
-        inside = []
-        for place, folders, names in os.walk(path):
+        inside: list[str] = []
+        closed: list[str] = []  # folders that cannot be read: a row each, as images are
+        for place, folders, names in os.walk(path, onerror=lambda e: closed.append(e.filename)):
             folders[:] = [name for name in folders if name[0] != "."]
             inside += [os.path.join(place, name) for name in names if name[0] != "."]
         inside = [p.removeprefix("./") for p in inside]  # as Path writes them
         note_others(path, inside)
         inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)]
+        inside += closed
         if not inside:
             raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         inside.sort(key=lambda p: p.split(os.sep))
@@ -116,15 +124,9 @@ def listed(path: Path) -> list[Item]:
     return [Item(str(path), str(path) if inside else path.name)]
 
 
-def check_output(output: Path | None, inputs: list[str]) -> None:
-    """Before an hour of scoring, not behind it."""
-    if output is None:
-        return
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder; name a file")
+def check_inputs(output: Path, inputs: list[str]) -> None:
     if output.exists() and any(os.path.exists(p) and output.samefile(p) for p in inputs):
         raise UserError(f"--output {output}: is an input of this command; name another file")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
@@ -132,7 +134,7 @@ def check_heatmaps(folder: Path, items: list[Item]) -> None:
     seen: dict[Path, str] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
-        if Path(path).resolve().is_relative_to(folder.resolve()):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
         if target.exists() and not is_heatmap(target):
             raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
@@ -157,16 +159,6 @@ def is_heatmap(path: Path) -> bool:
 
 def heatmap_of(folder: Path, name: str) -> Path:
     return folder / (name if name.endswith(".png") else name + ".png")
-
-
-def write_output(output: Path, text: str) -> None:
-    """Whole or not at all; through a link to its target, into a pipe or device as it is."""
-    from ganomaly.files import write_atomic
-
-    if output.exists() and not output.is_file():
-        output.write_text(text, encoding="utf-8", errors="surrogateescape")
-    else:
-        write_atomic(output.resolve(), text)
 
 
 def judged(detector, items: list[Item], heatmaps: Path | None):

@@ -25,8 +25,10 @@ def main(argv=None) -> int:
     with leaving_at_once():
         from ganomaly import pipeline
         from ganomaly.device import use_device
+        from ganomaly.files import check_output
 
     output = args.output or folder / "report.html"
+    check_output(output)
     pipeline.write_report(folder, output, args.data_root, use_device(args.device))
     print(f"written {output}")
     return 0

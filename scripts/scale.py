@@ -33,6 +33,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if min(args.runs, *args.workers) < 1:
         raise UserError("--runs, --workers: at least 1 of each")
+    if args.seconds is not None and not args.seconds > 0:
+        raise UserError("--seconds: more than 0")
     seconds = [args.seconds] if args.seconds else seconds_of(args.experiment)
     runs = list(itertools.islice(itertools.cycle(seconds), args.runs))
     print("| runs | workers | hours | training | file system, a second |\n|---|---|---|---|---|")
@@ -51,7 +53,10 @@ def seconds_of(experiment: str) -> list[float]:
     if not is_name(experiment) or not path.is_file():
         raise UserError(f"--experiment {experiment}: no results.csv there; or give --seconds")
     with open(path, encoding="utf-8") as file:
-        return [float(row["train_seconds"]) for row in csv.DictReader(file) if row["train_seconds"]]
+        found = [row.get("train_seconds") for row in csv.DictReader(file)]
+    if not any(found):
+        raise UserError(f"{path}: no column train_seconds; or give --seconds")
+    return [float(seconds) for seconds in found if seconds]
 
 
 def makespan(runs: list[float], workers: int, start: float, pass_by: float) -> float:

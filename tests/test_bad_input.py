@@ -187,6 +187,10 @@ def foreign(path):
     torch.save({"step": 3, "weights": torch.zeros(3)}, path)
 
 
+def a_tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
 # What is done to a finished run's folder; the command; what is said (None: done without a word)
 DAMAGES = [
     ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
@@ -196,6 +200,7 @@ DAMAGES = [
     ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
     ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
     ("model cut", lambda f: cut(f / "model.pt"), "evaluate", "not a model.pt"),
+    ("model a tensor", lambda f: a_tensor(f / "model.pt"), "evaluate", "not a model.pt"),
     ("model foreign", lambda f: foreign(f / "model.pt"), "evaluate", "not a model.pt"),
     ("scores gone", lambda f: (f / "scores.csv").unlink(), "evaluate", None),
     ("scores edited", lambda f: cut(f / "scores.csv"), "evaluate", None),
@@ -214,6 +219,7 @@ CHECKPOINTS = [
     ("a bit flipped", lambda p: p.write_bytes(flipped(p.read_bytes()))),
     ("foreign", foreign),
     ("a list", lambda p: torch.save([1, 2, 3], p)),
+    ("a tensor", a_tensor),
     ("a config alone", lambda p: torch.save({"config": p.with_name("config.json").read_text()}, p)),
     ("no config", lambda p: torch.save({"config": 3, "step": 4}, p)),
 ]

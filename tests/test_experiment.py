@@ -175,7 +175,9 @@ EDITED = [
     *(json.dumps(run_metrics("bottle", **changes)) for changes in (
         {"auroc": "0.5"}, {"auroc": float("nan")}, {"threshold": None}, {"seed": 1.5},
         {"scores": None}, {"scores": {"latent": "high"}}, {"provenance": []}, {"n_train": None},
+        {"provenance": {"date": None}}, {"f1": None},
     )),
+    json.dumps(run_metrics("bottle", auroc=0.123)).replace("0.123", "1e999"),
 ]  # fmt: skip
 
 
@@ -198,12 +200,31 @@ def test_edited_metrics_are_refused_by_name_and_cost_the_other_runs_nothing(tmp_
     assert "| cable |" in table and "bottle" not in table
 
 
+def test_a_copy_of_a_run_is_no_second_run(tmp_path, capsys):
+    for name in ("bottle/seed42", "bottle/seed42.old", "bottle-old/seed42"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(run_metrics("bottle")))
+        (folder / "config.json").write_text(Config().to_json())
+    experiment.write_results(tmp_path)
+    err = capsys.readouterr().err
+    assert err.count("a copy, of bottle seed 42") == 2 and "seed42.old" in err
+    assert (tmp_path / "results.csv").read_text().count("bottle,42") == 1
+
+
 def test_a_damaged_curve_is_no_curve(tmp_path):
     folder = tmp_path / "bottle" / "seed42"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(run_metrics("bottle")))
     (folder / "config.json").write_text(Config().to_json())
-    for text in ("step,latent\n1", "step,latent\n1,x\n", "step,latent\n1,.5,.6\n", "a,b\n1,2\n"):
+    for text in (
+        "step,latent\n1",
+        "step,latent\n1,x\n",
+        "step,latent\n1,.5,.6\n",
+        "a,b\n1,2\n",
+        "step,latent\n1,nan\n",
+        "step,latent\n1,7\n",
+    ):
         (folder / "curve.csv").write_text(text)
         experiment.write_results(tmp_path)
         assert not (tmp_path / "curves.svg").exists()

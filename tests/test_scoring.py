@@ -300,7 +300,7 @@ def seeded(seed):
 
 @pytest.mark.parametrize(
     "n, quantile, rank",
-    [(19, 0.95, 19), (99, 0.95, 95), (42, 0.95, 41), (10, 0.95, 10), (9, 0.5, 5)],
+    [(19, 0.95, 19), (99, 0.95, 95), (42, 0.95, 41), (10, 0.95, 10), (9, 0.5, 5), (9, 1e-12, 1)],
 )
 def test_threshold_is_the_conformal_rank(n, quantile, rank):
     scores = torch.arange(1, n + 1).float()[torch.randperm(n, generator=seeded(0))]

@@ -482,7 +482,9 @@ def test_other_images_of_the_same_name_are_not_taken_for_the_run(script, parts, 
     assert script("train", *words, "--force")[0] == 0
 
 
-def test_output_spares_inputs_and_goes_through_links_and_pipes(script, parts, tmp_path):
+def test_output_spares_inputs_and_goes_through_links_and_pipes(
+    script, parts, tmp_path, monkeypatch
+):
     script("train", *train_words(parts, tmp_path))
     model = folder_of(tmp_path) / "model.pt"
     content = model.read_bytes()
@@ -497,9 +499,41 @@ def test_output_spares_inputs_and_goes_through_links_and_pipes(script, parts, tm
     assert script("predict", *words, link)[0] == 0
     assert link.is_symlink() and target.read_text().startswith("path,score")
     os.mkfifo(fifo)
-    reader = subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(["timeout", "30", "cat", fifo], stdout=subprocess.PIPE, text=True)
     assert script("predict", *words, fifo)[0] == 0
     assert reader.communicate(timeout=30)[0] == target.read_text()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    code, _, err = script("predict", *words, tmp_path / "closed" / "a.csv")
+    assert code == 2 and "cannot be written to" in one_line_error(err)
+
+
+def test_a_report_and_an_export_go_through_links_and_pipes_too(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    report = ["report", "--experiments-dir", tmp_path, "--experiment", "local"]
+    export = ["export", "--model", folder_of(tmp_path) / "model.pt"]
+    target, link, fifo = (tmp_path / name for name in ("target", "link", "fifo"))
+    link.symlink_to(target)
+    os.mkfifo(fifo)
+    for words in (report, export):
+        code, _, err = script(*words, "--output", link)
+        assert code == 0 and link.is_symlink() and target.stat().st_size > 1000, err
+        with open(tmp_path / "read", "wb") as read:
+            reader = subprocess.Popen(["timeout", "30", "cat", fifo], stdout=read)
+        code, _, err = script(*words, "--output", fifo)
+        assert code == 0 and fifo.is_fifo() and reader.wait() == 0, err
+        sizes = [(tmp_path / name).stat().st_size for name in ("read", "target")]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", parts / "parts" / "test"]
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, ROOT / "scripts/predict.py", *words]
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left" in done.stderr.splitlines()[-1]
+    assert "Exception" not in done.stderr
 
 
 def test_a_missing_package_is_one_line(script, monkeypatch):
@@ -552,6 +586,17 @@ def test_evaluate_rewrites_identical_numbers(script, parts, tmp_path):
     assert code == 2 and "width" in one_line_error(err)
     code, _, err = script("evaluate", *where, "--seed=3")
     assert code == 2 and "no finished run" in one_line_error(err)
+
+
+def test_evaluate_on_more_images_forgets_looks_at_the_others(script, parts, tmp_path):
+    shutil.copytree(parts, tmp_path / "images")
+    words = train_words(tmp_path / "images", tmp_path)
+    script("train", *words)
+    curve = folder_of(tmp_path) / "curve.csv"
+    assert script("evaluate", *words)[0] == 0 and curve.is_file()
+    draw(tmp_path / "images/parts/test/good/new.png", np.random.default_rng(7))
+    code, out, _ = script("evaluate", *words)
+    assert code == 0 and "n_test_good" in out and not curve.exists()
 
 
 def test_predict_gives_the_scores_of_the_run(script, parts, tmp_path):
@@ -608,6 +653,44 @@ def test_paths_come_from_patterns_and_pipes_in_their_order(script, parts, tmp_pa
     assert code == 2 and "no paths came" in one_line_error(err)
     assert rows[0]["score"] and "No such file" in rows[1]["verdict"]
     assert "directory" in rows[2]["verdict"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\0b.png\0")))
+    code, _, err = script("predict", "--model", model, "--images", "-")
+    assert code == 2 and "-print0" in one_line_error(err)
+    names = ["a\x0cb.png", "c\u2028d.png\r"]
+    lines = io.TextIOWrapper(io.BytesIO("\n".join(names).encode()))
+    monkeypatch.setattr(sys, "stdin", lines)
+    code, out, _ = script("predict", "--model", model, "--images", "-")
+    assert [row["path"] for row in csv.DictReader(io.StringIO(out))] == [
+        "a\x0cb.png",
+        "c\u2028d.png",
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(script, parts, tmp_path, monkeypatch):
+    script("train", *train_words(parts, tmp_path))
+    model, test = folder_of(tmp_path) / "model.pt", parts / "parts" / "test"
+    real = os.scandir
+
+    def closed(path):  # root may read anything
+        if str(path).endswith("a_bar"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    code, out, err = script("predict", "--model", model, "--images", test)
+    rows = {row["path"]: row["verdict"] for row in csv.DictReader(out.splitlines())}
+    assert code == 1 and rows[str(test / "a_bar")].startswith("unreadable: ") and len(rows) == 5
+
+
+def test_a_loop_of_links_is_told(script, parts, tmp_path):
+    script("train", *train_words(parts, tmp_path))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    code, _, err = script("train", *train_words(loop, tmp_path)[:1], "--data-root", loop)
+    assert code == 2 and "no folder" in one_line_error(err)
+    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", parts / "parts" / "test"]
+    code, _, err = script("predict", *words, "--output", loop, "--heatmaps", tmp_path / "heat")
+    assert code == 0, err
 
 
 def test_heat_maps_keep_relative_paths_and_one_scale(script, parts, tmp_path):
@@ -782,6 +865,14 @@ def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(script, 
     other.kill()
     other.wait()
     assert script("evaluate", *words)[0] == 0
+
+
+def test_a_lock_that_cannot_be_made_is_told_not_tried_for_ever(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / "nowhere" / "lock")
+    with pytest.raises(FileNotFoundError), locked(folder):
+        pass
 
 
 def test_a_lock_without_a_run_leaves_nothing(tmp_path):
