@@ -10,8 +10,10 @@ DARK = 4  # grey levels: an image of a smaller mean is noise, which is not raise
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
     """On the device where they take at most half of its free memory, else left on the host."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return images
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + kept) // 2:
+            return images
     return images.to(device)
 
 
@@ -64,19 +66,19 @@ class Batches:
 
     def __init__(self, images: Tensor, batch_size: int, rng: torch.Generator):
         self.images, self.batch_size, self.rng = images, batch_size, rng
-        self.order = torch.empty(0, dtype=torch.long, device=images.device)
+        self.order = torch.empty(0, dtype=torch.long)
 
     def next(self) -> Tensor:
         """uint8 (batch_size, C, S, S), drawn by index where the images are."""
         while len(self.order) < self.batch_size:
             again = torch.randperm(len(self.images), generator=self.rng)
-            self.order = torch.cat([self.order, again.to(self.images.device)])
+            self.order = torch.cat([self.order, again])
         picked, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
-        return self.images[picked]
+        return self.images[picked.to(self.images.device, non_blocking=True)]
 
     def state_dict(self) -> dict:
-        return {"rng": self.rng.get_state(), "order": self.order.cpu().clone()}
+        return {"rng": self.rng.get_state(), "order": self.order.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         self.rng.set_state(state["rng"].cpu())
-        self.order = state["order"].to(self.images.device)
+        self.order = state["order"].clone()

@@ -31,6 +31,7 @@ def use_device(name: str, deterministic: bool = False) -> torch.device:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # none is read here
         torch.backends.cudnn.deterministic = True
         # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
         torch.backends.cudnn.conv.fp32_precision = "ieee"

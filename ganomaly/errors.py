@@ -38,12 +38,20 @@ def describe(error: BaseException) -> str | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """By name and text, so that nobody pays for importing torch to hear of a wrong flag."""
-    texts = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+    texts = (
+        "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED",
+    )  # fmt: skip
     return (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
     )
+
+
+def lost_device(error: BaseException) -> bool:
+    """After such an error nothing that this process asks of its GPU will succeed."""
+    return type(error).__name__ == "AcceleratorError" and not out_of_memory(error)
 
 
 def exit_code(code: int) -> int:

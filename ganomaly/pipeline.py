@@ -25,7 +25,7 @@ from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
-from ganomaly.errors import UserError, describe, out_of_memory
+from ganomaly.errors import UserError, describe, lost_device, out_of_memory
 from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked, write_output, write_torch
 from ganomaly.images import read_images
@@ -203,6 +203,8 @@ def run_all(
                     others = 0
                 continue
             except Exception as error:
+                if lost_device(error):  # a launcher starts another process
+                    raise
                 failed[name] = describe(error)
                 if failed[name] is None:  # a bug of ours: show it whole
                     traceback.print_exc()

@@ -54,19 +54,22 @@ def gradient_map(o: Outputs) -> Tensor:
         a, b = gradient_magnitude(x), gradient_magnitude(x_hat)
         c = 0.0104  # the authors' .0026 is for a range of 1, ours is 2
         difference = 1 - (2 * a * b + c) / (a.square() + b.square() + c)
-        total += F.interpolate(difference, total.shape[-2:], mode="bilinear")
+        # F.interpolate's, which under --deterministic takes another formula for its gradient's sake
+        total += torch.ops.aten.upsample_bilinear2d(difference, total.shape[-2:], False)
     return blurred(total[:, 0] / 4)
 
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
     """Prewitt's, of (B, 1, h, w)."""
+    kernels = PREWITT.to(grey.device, non_blocking=True)
     padded = F.pad(grey, (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(padded, PREWITT.to(grey.device)).square().sum(1, keepdim=True).add(1e-12).sqrt()
+    return F.conv2d(padded, kernels).square().sum(1, keepdim=True).add(1e-12).sqrt()
 
 
 def blurred(m: Tensor) -> Tensor:
     """A map (B, S, S) under a Gaussian of one pixel, cut off after three."""
-    kernels = GAUSSIAN.to(m.device).expand(m.shape[0], 1, 7, 7)  # a channel per image: the fastest
+    kernels = GAUSSIAN.to(m.device, non_blocking=True)
+    kernels = kernels.expand(m.shape[0], 1, 7, 7)  # a channel per image: the fastest
     return F.conv2d(F.pad(m, (3, 3, 3, 3), mode="reflect"), kernels, groups=m.shape[0])
 
 

@@ -20,7 +20,7 @@ from ganomaly import losses
 from ganomaly.batches import Batches, fitted_scale, to_device, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
-from ganomaly.errors import UserError
+from ganomaly.errors import UserError, lost_device, out_of_memory
 from ganomaly.networks import build, initialise
 
 TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
@@ -95,12 +95,16 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                 if state[name]:  # empty: a scaler that was not needed
                     part.load_state_dict(state[name])
             sums.copy_(state["sums"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if out_of_memory(error) or lost_device(error):
+                raise
             raise UserError(
                 "the checkpoint is of other code or another kind of device; --force starts anew"
             ) from None
         step, seconds = state["step"], state["seconds"]
         run.skip(step)
+    pairs = [pair for name in averages for pair in floats(averages[name], networks[name])]
+    averaged, latest = map(list, zip(*pairs))
 
     start = time.perf_counter()
     while step < config.steps:
@@ -147,8 +151,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
         # Running average; a short run is not scored on its initialisation
         step += 1
-        for name, average in averages.items():
-            update_average(average, networks[name], min(config.ema_decay, step / (step + 10)))
+        update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
         sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach()
 
         # Log, and a stop where a number is not finite
@@ -185,12 +188,15 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     return Trained({**networks, **averages}, scale, seconds, speed)
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) model: parameters, BatchNorm statistics."""
-    pairs = zip(average.state_dict().values(), model.state_dict().values())
-    old, new = zip(*((a, m) for a, m in pairs if a.is_floating_point()))
-    torch._foreach_lerp_(old, new, 1 - decay)
+def update_average(average: list[Tensor], latest: list[Tensor], decay: float) -> None:
+    """average <- decay average + (1 - decay) latest."""
+    torch._foreach_lerp_(average, latest, 1 - decay)
+
+
+def floats(*networks: nn.Module) -> list[tuple[Tensor, ...]]:
+    """The parameters and BatchNorm statistics of equal networks, detached, side by side."""
+    states = zip(*(network.state_dict().values() for network in networks))
+    return [tensors for tensors in states if tensors[0].is_floating_point()]
 
 
 def all_finite(*networks: nn.Module) -> bool:

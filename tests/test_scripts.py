@@ -317,9 +317,10 @@ def phases(monkeypatch, error):
         (OSError(errno.ENOSPC, "No space left on device"), 2),
         (PermissionError(errno.EACCES, "Permission denied", "some/file"), 2),
         (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (torch.AcceleratorError("CUDA error: out of memory"), 2),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2),
     ],
-    ids=["ctrl-c", "disk", "permission", "gpu memory", "memory"],
+    ids=["ctrl-c", "disk", "permission", "gpu memory", "gpu memory, beside torch", "memory"],
 )
 def test_ctrl_c_and_other_troubles_in_every_phase(
     script, parts, tmp_path, monkeypatch, error, code
@@ -337,6 +338,20 @@ def test_ctrl_c_and_other_troubles_in_every_phase(
     assert script("train", *words)[0] == 0  # goes on from where it was
     assert numbers(folder_of(tmp_path)) == expected
     assert {p.name: p.read_bytes() for p in folder_of(tmp_path, seed=1).iterdir()} == beside
+
+
+def test_a_lost_gpu_ends_the_process_and_is_no_failed_run(script, parts, tmp_path, monkeypatch):
+    asked = []
+
+    def lost(config, *_):
+        asked.append(config.seed)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "train", lost)
+    with pytest.raises(torch.AcceleratorError):
+        words = benchmark_words(parts, tmp_path, "--dataset=folder", "--seeds", "1", "2")
+        script("benchmark", *words)
+    assert asked == [1]
 
 
 def start(words, cwd=ROOT):
