@@ -1160,6 +1160,13 @@ def ablation_words(parts, tmp_path, *more):
     return ["--config", recipe, "--data-root", parts, "--experiments-dir", tmp_path, *more]
 
 
+def test_ablations_without_images_are_one_line(script, tmp_path):
+    words = ["--categories", "bottle", "screw", "--data-root", tmp_path]
+    code, _, err = script("ablate", *words, "--experiments-dir", tmp_path / "x")
+    told = one_line_error(err)
+    assert code == 2 and "data of 2 of 2 categories is missing (bottle, screw)" in told
+
+
 def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
     some = ["--only", "base", "half the steps", "no comparator", "--seeds", 1, 2]
     code, out, err = script("ablate", *ablation_words(parts, tmp_path, *some))
