@@ -1,9 +1,7 @@
 """What each part of a recipe is worth: the recipe again without it, over sets and seeds.
 
-ABLATIONS is the list; adding one is adding one line. Runs go to
-experiments/<experiment>/<ablation>/<category>/seed<seed>/, finished ones are left alone, unfinished
-ones go on, and any number of these processes share them. results.md holds means, standard
-deviations and differences to the base run, paired by category and seed.
+ABLATIONS is the list; adding one is adding one line. Finished runs are left alone, unfinished ones
+go on, any number of these processes share them. results.md: means, deviations, paired differences.
 """
 
 import sys

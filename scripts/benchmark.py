@@ -1,8 +1,7 @@
 """Train and evaluate one recipe over many categories and seeds; write one table.
 
-The recipe is experiments/<recipe>/config.json, or --config FILE; flags change it. Finished runs
-are left alone, unfinished ones go on; those that fail are told at the end, with exit code 1. Any
-number of these processes share the work, on one machine or over a shared file system.
+Flags change the recipe. Finished runs are left alone, unfinished ones go on, those that fail are
+told at the end (exit code 1). Any number of these processes share the work, over hosts too.
 """
 
 import os
