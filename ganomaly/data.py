@@ -161,6 +161,14 @@ def missing_categories(
     return missing
 
 
+def told(missing: dict[str, str], names: list[str]) -> str:
+    """What missing_categories found of `names`, and that it stops a command."""
+    return (
+        f"data of {len(missing)} of {len(names)} categories is missing ({', '.join(missing)}), "
+        "nothing was trained"
+    )
+
+
 def train_files(config: Config, data_root: Path | None) -> str | None:
     """A hash of the training files' names and sizes; None where there is no such folder.
 

@@ -79,10 +79,7 @@ def main(argv=None) -> int:
     if args.dry_run:
         return pipeline.plan_all(jobs, args.data_root, device)
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
-        raise UserError(
-            f"data of {len(missing)} of {len(categories)} categories is missing "
-            f"({', '.join(missing)}), nothing was trained: {next(iter(missing.values()))}"
-        )
+        raise UserError(f"{data.told(missing, categories)}: {next(iter(missing.values()))}")
 
     def tell(metrics: dict) -> str:
         with experiment.rewriting(folder):

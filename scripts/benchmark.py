@@ -49,8 +49,7 @@ def main(argv=None) -> int:
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and not args.skip_missing:
         raise UserError(
-            f"data of {len(missing)} of {len(categories)} categories is missing "
-            f"({', '.join(missing)}), nothing was trained; --skip-missing does the others. "
+            f"{data.told(missing, categories)}; --skip-missing does the others. "
             f"The first: {next(iter(missing.values()))}"
         )
     categories = [name for name in categories if name not in missing]

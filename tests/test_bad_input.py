@@ -191,6 +191,11 @@ def a_tensor(path):
     torch.save(torch.zeros(3), path)
 
 
+def a_list_alone(path):
+    torch.save([1, 2], path)
+    path.with_name("config.json").unlink()
+
+
 # What is done to a finished run's folder; the command; what is said (None: done without a word)
 DAMAGES = [
     ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
@@ -220,6 +225,7 @@ CHECKPOINTS = [
     ("foreign", foreign),
     ("a list", lambda p: torch.save([1, 2, 3], p)),
     ("a tensor", a_tensor),
+    ("a list, and no config beside it", a_list_alone),
     ("a config alone", lambda p: torch.save({"config": p.with_name("config.json").read_text()}, p)),
     ("no config", lambda p: torch.save({"config": 3, "step": 4}, p)),
 ]
@@ -254,9 +260,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(
     (folder / "model.pt").unlink()
     (folder / "metrics.json").unlink()
     damage(folder / "last.pt")
+    damaged = (folder / "last.pt").read_bytes()
     code, _, err = script("train", *train_words(finished / "images", tmp_path))
     assert code == 0 and "last.pt is damaged; set aside as last.damaged.pt" in err
-    assert (folder / "last.damaged.pt").is_file() and numbers(folder) == whole
+    assert (folder / "last.damaged.pt").read_bytes() == damaged and numbers(folder) == whole
 
 
 def flat(level: int) -> np.ndarray:

@@ -32,8 +32,10 @@ def test_every_committed_recipe_and_run_config_is_complete_and_loads():
     ignored = {"local", "check"}
     found = [path for path in found if not ignored & set(path.relative_to(ROOT).parts)]
     assert found
+    paper = json.loads((ROOT / "experiments/paper/config.json").read_text())
     for path in found:
-        # All that it was run with; a knob that came later has its default there
+        # Every knob that there was; one that came later has its default there
+        assert json.loads(path.read_text()).keys() == paper.keys(), path
         assert json.loads(path.read_text()).items() <= vars(configuration.load(path)).items()
         configuration.load(path)
 

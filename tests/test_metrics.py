@@ -17,6 +17,8 @@ def test_figures_at_a_threshold_are_their_counts(seed):
     labels, scores = drawn(seed)
     threshold = float(np.median(scores))
     ours, verdicts = evaluate(labels, scores, threshold), scores > threshold
+    assert ours["auroc"] == sk.roc_auc_score(labels, scores)
+    assert ours["average_precision"] == sk.average_precision_score(labels, scores)
     hits, alarms = (verdicts & (labels == 1)).sum(), (verdicts & (labels == 0)).sum()
     misses = (~verdicts & (labels == 1)).sum()
     assert ours["precision"] == pytest.approx(hits / (hits + alarms))
