@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -28,6 +29,9 @@ def use_device(name: str, deterministic: bool = False) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Fused Adam, capturable or not, counts its steps on the device
+        warnings.filterwarnings("ignore", ".*capturable")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)

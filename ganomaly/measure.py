@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ganomaly import config as configuration
-from ganomaly import pipeline
+from ganomaly import replay
 from ganomaly.batches import Batches
 from ganomaly.config import ROOT, Config, resolve
 from ganomaly.detector import Detector, load_detector
@@ -33,7 +34,7 @@ from ganomaly.networks import build, initialise
 from ganomaly.training import AMP, TICK, resolve_amp, train
 
 # Paragraphs of train() before its loop, and those that not every step passes
-ONCE = ("Set-up", "Networks", "Go on from a checkpoint")
+ONCE = ("Set-up", "Networks", "Go on from a checkpoint", "On a GPU")
 AT_CHECKPOINTS = ("Look at what is learnt so far", "Checkpoint")
 
 # Measurements: they return what a JSON line can hold
@@ -54,7 +55,8 @@ def training(device: torch.device, values: dict, n: int, seconds: float) -> dict
     """Images a second of train() on n drawn images, its first steps left out."""
     config = resolve(values)
     use_threads(config.threads)
-    watch = Stopwatch(device, seconds)
+    # On a GPU a recording of the step, if there is one, is made behind its own warm-up
+    watch = Stopwatch(device, seconds, warm_up=2 + (device.type == "cuda") * (replay.WARM_UP + 1))
     train_timed(config, drawn(config, n), device, watch)
     return {"images_per_second": config.batch_size / watch.seconds_a_step()}
 
@@ -70,6 +72,8 @@ def training_count(device: torch.device, values: dict) -> dict:
 
 def profile(device: torch.device, name: str, threads: int) -> dict:
     """Milliseconds a training step by the paragraphs of train(), from a short run of a recipe."""
+    from ganomaly import pipeline  # scikit-learn, for which no other measurement waits
+
     recipe = load_recipe(name)
     config = recipe.replace(
         dataset="folder", category="drawn", steps=2 * TICK, checkpoint_every=TICK, amp="auto",
@@ -177,10 +181,10 @@ class Stopwatch:
     def log(self, record: dict) -> None: ...
 
     def update(self) -> None:
-        if len(self.ends) % 10 <= self.warm_up:  # a GPU has only been told of the step
+        counted = len(self.ends) + 1 - self.warm_up
+        if counted <= 0 or counted % 10 == 0:  # a GPU has only been told of the step
             wait_for(self.device)
         self.ends.append(time.perf_counter())
-        counted = len(self.ends) - self.warm_up
         if counted >= self.least and self.ends[-1] - self.ends[self.warm_up - 1] >= self.seconds:
             wait_for(self.device)
             self.ends[-1] = time.perf_counter()
@@ -203,11 +207,13 @@ class Paragraphs:
     """Times one call of a long linear function by the comments that head its paragraphs.
 
     `with Paragraphs(train, device) as p`: p.seconds maps a comment, up to its first punctuation
-    mark, to the seconds in its lines and in all that they call. On a GPU each line is waited for.
+    mark, to the seconds in its lines, those of functions inside of it too, and in all that they
+    call. On a GPU each line is waited for.
     """
 
     def __init__(self, function: Callable, device: torch.device):
-        self.code, self.device = function.__code__, device
+        inside = (part for part in function.__code__.co_consts if isinstance(part, CodeType))
+        self.codes, self.device = {function.__code__, *inside}, device
         self.seconds: dict[str, float] = {}
         self.title, self.since = None, 0.0
         lines, first = inspect.getsourcelines(function)
@@ -218,7 +224,7 @@ class Paragraphs:
             self.titles[number], before = title, line
 
     def __enter__(self) -> Paragraphs:
-        sys.settrace(lambda frame, *_: self.line if frame.f_code is self.code else None)
+        sys.settrace(lambda frame, *_: self.line if frame.f_code in self.codes else None)
         return self
 
     def __exit__(self, *_) -> None:

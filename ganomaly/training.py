@@ -11,12 +11,13 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ganomaly import losses
+from ganomaly import losses, replay
 from ganomaly.batches import Batches, fitted_scale, to_device, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
@@ -60,29 +61,26 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         for name, network in networks.items()
         if name != "discriminator"
     }
-    adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
+    adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    play = dict(lr=config.lr, betas=(config.beta1, 0.999))
     weights_g, weights_d = list(generator.parameters()), list(discriminator.parameters())
-    optimizer_g = torch.optim.Adam(weights_g, **adam)
-    optimizer_d = torch.optim.Adam(weights_d, **adam)
+    optimizer_g, optimizer_d = adam(weights_g, **play), adam(weights_d, **play)
     amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
     batches = Batches(to_device(images, device), config.batch_size, rng)
     sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
-    loss_c = torch.zeros((), device=device)  # without a comparator
     step, seconds = 0, 0.0
-    parts = {
-        **networks, **{f"average_{name}": average for name, average in averages.items()},
-        "optimizer_g": optimizer_g, "optimizer_d": optimizer_d, "scaler": scaler,
-        "batches": batches,
-    }  # fmt: skip
+    learning = {**networks, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    if comparator is not None:
+        optimizer_c = adam(comparator.parameters(), lr=LR_COMPARATOR)
+        learning["optimizer_c"] = optimizer_c
+    parts = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
+    parts |= {"scaler": scaler, "batches": batches}
     corruption, n = None, config.n_corrupted
     if n:
         parts["corruption"] = corruption = Corruption(batches.images, config, scale, device)
-    if comparator is not None:
-        optimizer_c = torch.optim.Adam(comparator.parameters(), lr=LR_COMPARATOR, fused=True)
-        parts["optimizer_c"] = optimizer_c
 
     # Go on from a checkpoint, exactly
     if (state := run.load()) is not None:
@@ -106,15 +104,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     pairs = [pair for name in averages for pair in floats(averages[name], networks[name])]
     averaged, latest = map(list, zip(*pairs))
 
-    start = time.perf_counter()
-    while step < config.steps:
-        # Images, some of them corrupted
-        x = to_input(batches.next(), device, scale)  # (B, C, S, S)
-        x_in = x
-        if corruption is not None:  # the first n; the batch is shuffled
-            corrupted, mask = corruption(x[:n])
-            x_in = torch.cat([corrupted, x[n:]])
-
+    def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
         # Forward pass: one serves both steps, so that D and G are each updated against the other's
         # weights of before, as in the released code. BatchNorm statistics move once an image.
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -140,6 +130,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         scaler.step(optimizer_g)
 
         # Comparator's step: where was x corrupted? Its gradient does not reach the generator
+        loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = comparator(x_in, x_hat.detach())
@@ -148,11 +139,27 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             scaler.scale(loss_c).backward()
             scaler.step(optimizer_c)
         scaler.update()
+        sums.add_(torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach())
+
+    # On a GPU, a recording of it, which is replayed
+    update = one_step
+    if replay.pays(config.steps - step, device, scaler):
+        changed = lambda: [sums, *(part.state_dict() for part in learning.values())]  # noqa: E731
+        update = replay.Replayed(one_step, changed, device)
+
+    start = time.perf_counter()
+    while step < config.steps:
+        # Images, some of them corrupted
+        x = to_input(batches.next(), device, scale)  # (B, C, S, S)
+        x_in, mask = x, x[:0, 0]
+        if corruption is not None:  # the first n; the batch is shuffled
+            corrupted, mask = corruption(x[:n])
+            x_in = torch.cat([corrupted, x[n:]])
+        update(x, x_in, mask)
 
         # Running average; a short run is not scored on its initialisation
         step += 1
         update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
-        sums += torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach()
 
         # Log, and a stop where a number is not finite
         tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -186,38 +185,31 @@ def predict(args, table: dict, n: int = 1000, side: int = 900) -> list[dict]:
 def start(args, table: dict) -> list[dict]:
     """Seconds from the start of train.py to its first training step, and of all of it on the
     digits."""
-    first, whole = [], []
+    first = []
     for _ in range(args.repeats):
         begun = time.time()
         first.append(job(args, "first_step")["at"] - begun)
-        with tempfile.TemporaryDirectory() as scratch:
-            whole.append(script(args, "train", "--experiments-dir", scratch)["wall_seconds"])
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = script(args, "train", "--experiments-dir", scratch)["wall_seconds"]
     return [{"to_the_first_step": first, "make_train": whole}]
 
 
 def benchmark(args, table: dict) -> list[dict]:
-    """benchmark.py over 15 drawn categories of 60 images, 32 px, 100 steps each, by one process and
-    shared by two: seconds, over those of its training steps, and the efficiency of the two."""
+    """benchmark.py over 15 drawn categories of 60 images, 32 px, 100 steps each: seconds, over
+    those of its training steps."""
     from ganomaly.measure import draw_category
 
-    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in ORDER:
             draw_category(Path(scratch) / "images" / name, 60, 20)
         words = ["--data-root", f"{scratch}/images", "--experiments-dir", scratch]
         words += ["--steps", "100", "--image-size", "32"]
-        for n in (1, 2):
-            one = (script, args, "benchmark", *words, "--experiment", f"by{n}")
-            with ThreadPoolExecutor(n) as pool:
-                told = [future.result() for future in [pool.submit(*one) for _ in range(n)]]
-            files = Path(scratch, f"by{n}").rglob("metrics.json")
-            runs = [json.loads(path.read_text()) for path in files]
-            steps, whole = sum(of(runs, "train_seconds")), max(of(told, "wall_seconds"))
-            row = {"processes": n, "categories": len(runs), "training_seconds": steps}
-            row |= {"images_per_second": of(runs, "images_per_second"), "benchmark_seconds": whole}
-            row["benchmark_over_training"] = n * whole / steps
-            rows.append({**row, "efficiency": (rows or [row])[0]["benchmark_seconds"] / n / whole})
-    return rows
+        whole = script(args, "benchmark", *words)["wall_seconds"]
+        runs = [json.loads(path.read_text()) for path in Path(scratch).rglob("metrics.json")]
+    steps = sum(of(runs, "train_seconds"))
+    row = {"categories": len(runs), "training_seconds": steps, "benchmark_seconds": whole}
+    row["images_per_second"] = of(runs, "images_per_second")
+    return [{**row, "benchmark_over_training": whole / steps}]
 
 
 PARTS = {

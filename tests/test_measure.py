@@ -64,6 +64,10 @@ def test_paragraphs_are_told_by_their_comments(monkeypatch):
         now[0] += seconds
 
     def linear():
+        def three():
+            # Three: in a function
+            spend(100)
+
         # One: with an explanation
         # of two lines
         spend(1)
@@ -74,11 +78,12 @@ def test_paragraphs_are_told_by_their_comments(monkeypatch):
             spend(20)
         # One
         spend(3)
+        three()
 
     with measure.Paragraphs(linear, CPU) as inside:
         linear()
     assert sys.gettrace() is None
-    assert {k: v for k, v in inside.seconds.items() if v} == {"One": 4, "Two": 60}
+    assert {k: v for k, v in inside.seconds.items() if v} == {"One": 4, "Two": 60, "Three": 100}
 
 
 def test_the_profile_knows_the_paragraphs_of_training():

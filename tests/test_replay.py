@@ -1,0 +1,148 @@
+"""CUDA graphs without CUDA: a tape stands for the graph.
+
+It notes what a step asks of PyTorch's kernels and asks them again, on the same memory and without
+any of the step's Python, which is what a graph does.
+"""
+
+import io
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ganomaly import replay
+from ganomaly.training import train
+
+from .test_training import CPU, SMALL, Memory, images, same, weights
+
+LONG = SMALL.replace(steps=12, checkpoint_every=7)
+FULL = LONG.replace(corrupted=0.5, comparator_width=4, normalise="exposure", amp="bf16")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # of a host for a device
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, made))
+        return made
+
+    @torch.no_grad()
+    def play(self):
+        for function, args, kwargs, made in self.calls:
+            for old, new in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Training records as on a GPU; the tapes that were made."""
+    made = []
+
+    def record(step, inputs, stream):
+        with Tape() as tape:
+            step(*inputs)
+        made.append(tape)
+        return tape.play
+
+    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(replay, "pays", lambda *_: True)
+    return made
+
+
+@pytest.mark.parametrize("config", (LONG, FULL, LONG.replace(batch_size=32)))
+def test_a_replayed_training_is_the_training(config, tapes, monkeypatch):
+    memory, by_step = Memory(), Memory()
+    replayed = train(config, images(), CPU, memory)
+    assert len(tapes) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "pays", lambda *_: False)
+        expected = train(config, images(), CPU, by_step)
+    assert len(tapes) == 1
+    assert same(replayed, expected)
+    sums = [
+        torch.load(io.BytesIO(m.saved[12]), weights_only=True)["sums"] for m in (memory, by_step)
+    ]
+    assert torch.equal(*sums)
+    # The one that went on from the middle records anew
+    assert same(expected, train(config, images(), CPU, Memory(memory.saved[7])))
+    assert len(tapes) == 2
+
+
+def test_a_step_asks_its_host_for_nothing(tapes, monkeypatch):
+    held = []
+    real = replay.Replayed
+    monkeypatch.setattr(replay, "Replayed", lambda *a: held.append(a[1]) or real(*a))
+    train(FULL, images(), CPU, Memory())
+    # What is compared is all on the device, and all that learns
+    state = [leaf for leaf in tree_leaves(held[0]()) if isinstance(leaf, torch.Tensor)]
+    assert all(t.is_floating_point() or t.numel() == 1 for t in state)
+    names = {function.__name__.split(".")[0] for function, *_ in tapes[0].calls}
+    assert {"convolution", "convolution_backward", "_fused_adam_"} <= names
+    assert not names & set(WAITS)
+
+
+def test_a_step_that_python_changes_is_not_replayed(tapes, capsys):
+    total, calls = torch.zeros(1), []
+
+    def step(x):
+        calls.append(x)
+        total.add_(x * len(calls))
+
+    update = replay.Replayed(step, lambda: total, CPU)
+    for _ in range(6):
+        update(torch.ones(1))
+    assert total == 1 + 2 + 3 + 5 + 6 + 7  # the fourth call was the recording's and adds nothing
+    assert "it computes something else" in capsys.readouterr().err
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
+    def refuses(step, inputs, stream):
+        try:
+            step(*inputs)
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(replay, "record", refuses)
+    expected = train(LONG, images(), CPU, Memory())
+    monkeypatch.setattr(replay, "pays", lambda *_: True)
+    assert same(expected, train(LONG, images(), CPU, Memory()))
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.endswith("not permitted when stream is capturing\n")
+
+
+def test_recording_pays_on_a_gpu_in_a_long_run_without_a_scaler(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    assert replay.pays(replay.LEAST, cuda, off)
+    assert not replay.pays(replay.LEAST, CPU, off)
+    assert not replay.pays(replay.LEAST - 1, cuda, off)
+    assert not replay.pays(replay.LEAST, cuda, on)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not replay.pays(replay.LEAST, cuda, off)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", ("fp32", "bf16"))
+def test_a_cuda_graph_is_the_step(amp, monkeypatch, capsys):
+    from ganomaly.device import use_device
+
+    config, device = FULL.replace(amp=amp), use_device("cuda")
+    expected, start = (
+        train(config.replace(steps=n), images(), device, Memory()) for n in (config.steps, 3)
+    )
+    made = []
+    real = replay.Replayed
+    monkeypatch.setattr(replay, "LEAST", 1)
+    monkeypatch.setattr(replay, "Replayed", lambda *a: made.append(real(*a)) or made[0])
+    replayed = train(config, images(), device, Memory())
+    assert made[0].replay is not None, capsys.readouterr().err
+    assert replay.way_off(*map(weights, (replayed, expected, start))) < replay.APART
