@@ -1,4 +1,4 @@
-"""How fast this machine trains and scores, beside what it could do by count; 16 minutes.
+"""How fast this machine trains and scores, beside what it could do by count; 13 minutes.
 
 Each figure comes from a process of its own, and is the median of --repeats where a range stands
 beside it. A --peer is a command that trains something of the same size and prints a JSON line with
