@@ -1,8 +1,8 @@
 """A training step recorded as a CUDA graph and replayed: one launch in place of hundreds.
 
 At 64 pixels a step's kernels should take a GPU less time than Python takes to ask for them. Written
-by the rules of PyTorch's documentation (CUDA semantics, "CUDA Graphs"); no GPU has run it yet, which
-is why a recording must prove itself.
+by the rules of PyTorch's documentation (CUDA semantics, "CUDA Graphs"); no GPU has run it yet,
+which is why a recording must prove itself.
 """
 
 from __future__ import annotations
