@@ -41,7 +41,7 @@ class Replayed:
         elif self.calls <= WARM_UP:
             self.aside(inputs)
         elif self.calls == WARM_UP + 1:
-            self.record(inputs)
+            self.try_recording(inputs)
         else:
             self.step(*inputs)
 
@@ -54,7 +54,7 @@ class Replayed:
             self.step(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def record(self, inputs: tuple[Tensor, ...]) -> None:
+    def try_recording(self, inputs: tuple[Tensor, ...]) -> None:
         """A recording, replayed twice from one state and held against the step, and the step."""
         state = [leaf for leaf in tree_leaves(self.state()) if isinstance(leaf, Tensor)]
         before, reason = [], ""

@@ -144,8 +144,9 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     # On a GPU, a recording of it, which is replayed
     update = one_step
     if replay.pays(config.steps - step, device, scaler):
-        changed = lambda: [sums, *(part.state_dict() for part in learning.values())]  # noqa: E731
-        update = replay.Replayed(one_step, changed, device)
+        update = replay.Replayed(
+            one_step, lambda: [sums, *(part.state_dict() for part in learning.values())], device
+        )
 
     start = time.perf_counter()
     while step < config.steps:
