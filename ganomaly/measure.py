@@ -51,23 +51,27 @@ def roof(device: torch.device, threads: int) -> dict:
     return {**found, "GB": a.nbytes / best_time(lambda: a @ b, device) / 1e9}
 
 
-def training(device: torch.device, values: dict, n: int, seconds: float) -> dict:
-    """Images a second of train() on n drawn images, its first steps left out."""
+def training(device: torch.device, values: dict, n: int, seconds: float, windows: int = 1) -> dict:
+    """Images a second of train() on n drawn images, its first steps left out, in each of some
+    windows of time; on a GPU, the peak of its memory in MB."""
     config = resolve(values)
     use_threads(config.threads)
     # On a GPU a recording of the step, if there is one, is made behind its own warm-up
-    watch = Stopwatch(device, seconds, warm_up=2 + (device.type == "cuda") * (replay.WARM_UP + 1))
+    warm_up = 2 + (device.type == "cuda") * (replay.WARM_UP + 1)
+    watch = Stopwatch(device, seconds, warm_up, windows)
     train_timed(config, drawn(config, n), device, watch)
-    return {"images_per_second": config.batch_size / watch.seconds_a_step()}
+    found = {"images_per_second": [config.batch_size * speed for speed in watch.speeds]}
+    if device.type == "cuda":
+        found["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
 
 
-def training_count(device: torch.device, values: dict) -> dict:
+def training_count(values: dict) -> float:
     """Billions of multiply-adds of a training step, per image, as torch counts them."""
     small, cpu = resolve(values).replace(batch_size=4, amp="fp32"), torch.device("cpu")
-    watch = Stopwatch(cpu, 0, warm_up=1, least=0)
     with FlopCounterMode(display=False) as counter:
-        train_timed(small, drawn(small, 4), cpu, watch)
-    return {"G_multiply_adds": counter.get_total_flops() / 2e9 / small.batch_size}
+        train_timed(small, drawn(small, 4), cpu, Stopwatch(cpu, seconds=0, warm_up=0))
+    return counter.get_total_flops() / 2e9 / small.batch_size
 
 
 def profile(device: torch.device, name: str, threads: int) -> dict:
@@ -76,7 +80,7 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
 
     recipe = load_recipe(name)
     config = recipe.replace(
-        dataset="folder", category="drawn", steps=2 * TICK, checkpoint_every=TICK, amp="auto",
+        dataset="folder", category="drawn", steps=TICK, checkpoint_every=TICK, amp="auto",
         threads=threads,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,23 +105,26 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
     }
 
 
-def scoring(device: torch.device, name: str, seconds: float) -> dict:
-    """Milliseconds from one uint8 image to all of its scores, and what that costs by count."""
+def scoring(device: torch.device, name: str, seconds: float, windows: int = 1) -> dict:
+    """Milliseconds from one uint8 image to all of its scores, median and 99th percentile of each
+    window of time, and what that costs by count."""
     detector = untrained(load_recipe(name), device)
     use_threads(detector.config.threads)
-    image, times = drawn(detector.config, 1), []
+    image, found = drawn(detector.config, 1), {"median": [], "p99": []}
     counted = copy.copy(detector)
     counted.fast = detector.networks  # the counter does not know packed layers
     with FlopCounterMode(display=False) as counter:
         counted.scores(image)
-    end = time.perf_counter() + seconds
-    while (begun := time.perf_counter()) < end or len(times) < 10:
-        detector.scores(image)  # they come back to the host: nothing to wait for
-        times.append(time.perf_counter() - begun)
+    for _ in range(windows):
+        times, end = [], time.perf_counter() + seconds
+        while (begun := time.perf_counter()) < end or len(times) < 10:
+            detector.scores(image)  # they come back to the host: nothing to wait for
+            times.append(time.perf_counter() - begun)
+        found["median"].append(1000 * float(np.median(times)))
+        found["p99"].append(1000 * float(np.quantile(times, 0.99)))
     weights = [p for network in detector.networks.values() for p in network.parameters()]
     return {
-        "median": 1000 * float(np.median(times)),
-        "p99": 1000 * float(np.quantile(times, 0.99)),
+        **found,
         "G_multiply_adds": counter.get_total_flops() / 2e9,
         "weights_GB": sum(p.nbytes for p in weights) / 1e9,
     }
@@ -166,14 +173,16 @@ class Enough(Exception):
 
 
 class Stopwatch:
-    """The `run` that train() takes: writes nothing, notes when steps end, and stops it in time.
+    """The `run` that train() takes: writes nothing, tells steps a second, and stops it in time.
 
     The first `warm_up` steps are not counted: kernels are chosen and memory is claimed in them.
+    Each window is of at least one step, and of those of `seconds`.
     """
 
-    def __init__(self, device: torch.device, seconds: float, warm_up: int = 2, least: int = 3):
-        self.device, self.seconds, self.warm_up, self.least = device, seconds, warm_up, least
-        self.ends: list[float] = []
+    def __init__(self, device: torch.device, seconds: float, warm_up: int = 2, windows: int = 1):
+        self.device, self.seconds, self.warm_up, self.windows = device, seconds, warm_up, windows
+        self.steps, self.since = 0, time.perf_counter()
+        self.speeds: list[float] = []  # of each window
         self.progress = self  # train() calls run.progress.update() after each step
 
     def load(self) -> None: ...
@@ -181,18 +190,21 @@ class Stopwatch:
     def log(self, record: dict) -> None: ...
 
     def update(self) -> None:
-        counted = len(self.ends) + 1 - self.warm_up
-        if counted <= 0 or counted % 10 == 0:  # a GPU has only been told of the step
+        if self.warm_up:
+            self.warm_up -= 1
             wait_for(self.device)
-        self.ends.append(time.perf_counter())
-        if counted >= self.least and self.ends[-1] - self.ends[self.warm_up - 1] >= self.seconds:
+            self.since = time.perf_counter()
+            return
+        self.steps += 1
+        if self.steps % TICK == 0:  # a GPU has only been told of them
             wait_for(self.device)
-            self.ends[-1] = time.perf_counter()
-            raise Enough
-
-    def seconds_a_step(self) -> float:
-        counted = self.ends[self.warm_up - 1 :]
-        return (counted[-1] - counted[0]) / (len(counted) - 1)
+        if time.perf_counter() - self.since >= self.seconds:
+            wait_for(self.device)
+            now = time.perf_counter()
+            self.speeds.append(self.steps / (now - self.since))
+            self.steps, self.since = 0, now
+            if len(self.speeds) == self.windows:
+                raise Enough
 
 
 def train_timed(config: Config, images: Tensor, device: torch.device, watch: Stopwatch) -> None:

@@ -1,9 +1,9 @@
-"""How fast this machine trains and scores, beside what it could do by count; 13 minutes.
+"""How fast this machine trains and scores, beside what it could do by count; 10 minutes.
 
-Each figure comes from a process of its own, and is the median of --repeats where a range stands
-beside it. A --peer is a command that trains something of the same size and prints a JSON line with
-images_per_second_without_validation or images_per_second: it runs in alternation with our training;
-{image_size} and {batch_size} in it are filled in. Nothing else should run meanwhile.
+Where a range stands beside a figure, that is the median of --repeats. A --peer is a command that
+trains something of the same size and prints a JSON line with images_per_second_without_validation
+or images_per_second: it runs in alternation with our training; {image_size} and {batch_size} in it
+are filled in. Nothing else should run meanwhile.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from ganomaly.errors import UserError, guard, leaving_at_once
 from ganomaly.published import ORDER
 
 SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size, beside the peers
+ON_A_GPU = [(256, 64)]  # too
 GROWTH = {  # one factor at a time around the paper recipe; 256 px at width 16
     "image_size": [32, 64, 128, 256],
     "width": [16, 32, 64, 128],
@@ -61,6 +62,7 @@ def main(argv=None) -> int:
         from ganomaly.provenance import provenance
 
     device = use_device(args.device)
+    args.device = str(device)  # auto is decided once
     if args.job:
         given = json.loads(args.job)
         print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))
@@ -97,9 +99,11 @@ def roof(args, table: dict) -> list[dict]:
 
 def training(args, table: dict) -> list[dict]:
     """Training at width 64, the paper recipe's networks, beside the peers: images a second,
-    billions of multiply-adds an image, their share of the roof, peak memory."""
+    billions of multiply-adds an image, their share of the roof, peak memory (on a GPU, of it)."""
     rows, top = [], roof_of(table, args.threads, "amp")
-    for image_size, batch_size in SHAPES:
+    # Beside peers each figure is of a process of its own, in turn with theirs
+    turns, windows = (args.repeats, 1) if args.peer else (1, args.repeats)
+    for image_size, batch_size in SHAPES + ON_A_GPU * (args.device != "cpu"):
         shape = {"image_size": image_size, "batch_size": batch_size}
         commands = {}
         for peer in args.peer:
@@ -107,11 +111,12 @@ def training(args, table: dict) -> list[dict]:
                 peer = peer.replace(f"{{{key}}}", str(value))
             commands[peer] = []
         ours = []
-        for _ in range(args.repeats):
-            ours.append(train_job(args, **shape))
+        for _ in range(turns):
+            ours.append(train_job(args, windows=windows, **shape))
             for command, runs in commands.items():
                 runs.append(process(shlex.split(command)))
-        speed, count = of(ours, "images_per_second"), multiply_adds(args, **shape)
+        speed = [x for run in ours for x in run["images_per_second"]]
+        count = multiply_adds(args, **shape)
         row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
         row["of_the_roof"] = statistics.median(speed) * count / top
         rows.append({**row, "peak_MB": of(ours, "peak_MB")})
@@ -137,8 +142,9 @@ def growth(args, table: dict) -> list[dict]:
             if (key := json.dumps(changes)) not in runs:
                 runs[key] = train_job(args, seconds=args.seconds / 2, **changes)
             run = runs[key]
-            told = {"images_per_second": run["images_per_second"], "peak_MB": run["peak_MB"]}
-            told["ms_an_image"] = 1000 / run["images_per_second"]
+            (speed,) = run["images_per_second"]
+            told = {"images_per_second": speed, "peak_MB": run["peak_MB"]}
+            told["ms_an_image"] = 1000 / speed
             shape = {} if factor in ("batch_size", "images") else changes
             count = multiply_adds(args, **shape)
             rows.append({"factor": factor, "value": value, "G_multiply_adds": count, **told})
@@ -162,10 +168,10 @@ def scoring(args, table: dict) -> list[dict]:
     multiply-adds over float32's roof and weights over memory's."""
     rows, flops, memory = [], roof_of(table, 1, "float32"), roof_of(table, 1, "GB")
     for name in RECIPES:
-        runs = [job(args, "scoring", name=name, seconds=args.seconds) for _ in range(args.repeats)]
-        count, weights = runs[0]["G_multiply_adds"], runs[0]["weights_GB"]
+        found = job(args, "scoring", name=name, seconds=args.seconds, windows=args.repeats)
+        count, weights = found["G_multiply_adds"], found["weights_GB"]
         floor = 1000 * max(count / flops, weights / memory)
-        row = {"recipe": name, "median": of(runs, "median"), "p99": of(runs, "p99"), "floor": floor}
+        row = {"recipe": name, "median": found["median"], "p99": found["p99"], "floor": floor}
         rows.append({**row, "median_over_floor": statistics.median(row["median"]) / floor})
     return rows
 
@@ -226,9 +232,10 @@ def job(args, kind: str, **given) -> dict:
     return script(args, "speed", "--job", json.dumps({"job": kind, **given}))
 
 
-def train_job(args, images: int = 1000, seconds: float | None = None, **changes) -> dict:
+def train_job(args, images=1000, seconds: float | None = None, windows=1, **changes) -> dict:
     values = {"dataset": "folder", "threads": args.threads, **changes}
-    return job(args, "training", values=values, n=images, seconds=seconds or args.seconds)
+    given = {"n": images, "seconds": seconds or args.seconds, "windows": windows}
+    return job(args, "training", values=values, **given)
 
 
 COUNTED: dict[str, float] = {}
@@ -236,10 +243,12 @@ COUNTED: dict[str, float] = {}
 
 def multiply_adds(args, batch_size: int = 16, **shape) -> float:
     """Billions of a training step, per image, whatever the batch; counted once per shape."""
+    from ganomaly.measure import training_count
+
     values = {"dataset": "folder", "threads": args.threads, **shape}
     key = str(sorted(values.items()))
     if key not in COUNTED:
-        COUNTED[key] = job(args, "training_count", values=values)["G_multiply_adds"]
+        COUNTED[key] = training_count(values)
     return COUNTED[key]
 
 
@@ -267,7 +276,7 @@ def process(words: list[str]) -> dict:
         with contextlib.suppress(ValueError):
             parsed = json.loads(line)
             found = parsed if isinstance(parsed, dict) else found
-    return {**found, "wall_seconds": seconds, "peak_MB": peak / 1024}
+    return {"wall_seconds": seconds, "peak_MB": peak / 1024, **found}
 
 
 def peak_of(pid: int) -> int:
