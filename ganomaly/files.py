@@ -80,23 +80,30 @@ def naming(path: Path):
         raise
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Text goes out as UTF-8; names of files that are not UTF-8 keep their bytes."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogateescape")
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A binary file to write, which takes the place of `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's number: containers on one file system have the same ones
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Text goes out as UTF-8; names of files that are not UTF-8 keep their bytes."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogateescape")
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_output(path: Path, content: bytes | str) -> None:
@@ -123,9 +130,13 @@ def check_output(path: Path) -> None:
 
 
 def write_torch(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()  # so that a full disk is an OSError that names the file
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk; then no archive can be closed
+                raise error.__context__ from None
+            raise
 
 
 def read_torch(path: Path) -> dict:

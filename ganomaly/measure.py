@@ -1,7 +1,7 @@
 """What training and scoring cost by count, what the machine could do, and what it does.
 
-scripts/speed.py runs each function of the first part in a process of its own. Nothing of a run
-imports this.
+scripts/speed.py runs each function of the first part that takes a device in a process of its own.
+Nothing of a run imports this.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def roof(device: torch.device, threads: int) -> dict:
 
 def training(device: torch.device, values: dict, n: int, seconds: float, windows: int = 1) -> dict:
     """Images a second of train() on n drawn images, its first steps left out, in each of some
-    windows of time; on a GPU, the peak of its memory in MB."""
+    windows of time, three steps in all or more; on a GPU, the peak of its memory in MB."""
     config = resolve(values)
     use_threads(config.threads)
     # On a GPU a recording of the step, if there is one, is made behind its own warm-up
     warm_up = 2 + (device.type == "cuda") * (replay.WARM_UP + 1)
-    watch = Stopwatch(device, seconds, warm_up, windows)
+    watch = Stopwatch(device, seconds, warm_up, windows, least=-(-3 // windows))
     train_timed(config, drawn(config, n), device, watch)
     found = {"images_per_second": [config.batch_size * speed for speed in watch.speeds]}
     if device.type == "cuda":
-        found["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
+        found["peak_GPU_MB"] = torch.cuda.max_memory_allocated() / 2**20
     return found
 
 
@@ -75,12 +75,13 @@ def training_count(values: dict) -> float:
 
 
 def profile(device: torch.device, name: str, threads: int) -> dict:
-    """Milliseconds a training step by the paragraphs of train(), from a short run of a recipe."""
+    """Milliseconds a training step by the paragraphs of train(), from a run of a recipe that is too
+    short for a CUDA graph."""
     from ganomaly import pipeline  # scikit-learn, for which no other measurement waits
 
     recipe = load_recipe(name)
     config = recipe.replace(
-        dataset="folder", category="drawn", steps=TICK, checkpoint_every=TICK, amp="auto",
+        dataset="folder", category="drawn", steps=2 * TICK, checkpoint_every=TICK, amp="auto",
         threads=threads,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,11 +177,12 @@ class Stopwatch:
     """The `run` that train() takes: writes nothing, tells steps a second, and stops it in time.
 
     The first `warm_up` steps are not counted: kernels are chosen and memory is claimed in them.
-    Each window is of at least one step, and of those of `seconds`.
+    A window lasts `seconds`, and `least` steps.
     """
 
-    def __init__(self, device: torch.device, seconds: float, warm_up: int = 2, windows: int = 1):
-        self.device, self.seconds, self.warm_up, self.windows = device, seconds, warm_up, windows
+    def __init__(self, device: torch.device, seconds: float, warm_up=2, windows=1, least=1):
+        self.device, self.seconds, self.warm_up = device, seconds, warm_up
+        self.windows, self.least = windows, least
         self.steps, self.since = 0, time.perf_counter()
         self.speeds: list[float] = []  # of each window
         self.progress = self  # train() calls run.progress.update() after each step
@@ -198,7 +200,7 @@ class Stopwatch:
         self.steps += 1
         if self.steps % TICK == 0:  # a GPU has only been told of them
             wait_for(self.device)
-        if time.perf_counter() - self.since >= self.seconds:
+        if self.steps >= self.least and time.perf_counter() - self.since >= self.seconds:
             wait_for(self.device)
             now = time.perf_counter()
             self.speeds.append(self.steps / (now - self.since))

@@ -34,6 +34,7 @@ GROWTH = {  # one factor at a time around the paper recipe; 256 px at width 16
 }
 DEFAULT = {"image_size": 64, "width": 64, "batch_size": 16, "images": 1000}
 RECIPES = ("paper", "calibrated")
+PEAKS = ("peak_MB", "peak_GPU_MB")  # the second on a GPU only
 
 
 def main(argv=None) -> int:
@@ -62,7 +63,7 @@ def main(argv=None) -> int:
         from ganomaly.provenance import provenance
 
     device = use_device(args.device)
-    args.device = str(device)  # auto is decided once
+    args.device, args.on_a_gpu = str(device), device.type == "cuda"
     if args.job:
         given = json.loads(args.job)
         print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))
@@ -99,11 +100,11 @@ def roof(args, table: dict) -> list[dict]:
 
 def training(args, table: dict) -> list[dict]:
     """Training at width 64, the paper recipe's networks, beside the peers: images a second,
-    billions of multiply-adds an image, their share of the roof, peak memory (on a GPU, of it)."""
+    billions of multiply-adds an image, their share of the roof, peak memory."""
     rows, top = [], roof_of(table, args.threads, "amp")
     # Beside peers each figure is of a process of its own, in turn with theirs
     turns, windows = (args.repeats, 1) if args.peer else (1, args.repeats)
-    for image_size, batch_size in SHAPES + ON_A_GPU * (args.device != "cpu"):
+    for image_size, batch_size in SHAPES + ON_A_GPU * args.on_a_gpu:
         shape = {"image_size": image_size, "batch_size": batch_size}
         commands = {}
         for peer in args.peer:
@@ -119,7 +120,7 @@ def training(args, table: dict) -> list[dict]:
         count = multiply_adds(args, **shape)
         row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
         row["of_the_roof"] = statistics.median(speed) * count / top
-        rows.append({**row, "peak_MB": of(ours, "peak_MB")})
+        rows.append({**row, **{key: of(ours, key) for key in PEAKS if key in ours[0]}})
         for command, runs in commands.items():
             best = "images_per_second_without_validation"
             theirs = [run.get(best) or run.get("images_per_second") for run in runs]
@@ -143,8 +144,8 @@ def growth(args, table: dict) -> list[dict]:
                 runs[key] = train_job(args, seconds=args.seconds / 2, **changes)
             run = runs[key]
             (speed,) = run["images_per_second"]
-            told = {"images_per_second": speed, "peak_MB": run["peak_MB"]}
-            told["ms_an_image"] = 1000 / speed
+            told = {key: run[key] for key in PEAKS if key in run}
+            told |= {"images_per_second": speed, "ms_an_image": 1000 / speed}
             shape = {} if factor in ("batch_size", "images") else changes
             count = multiply_adds(args, **shape)
             rows.append({"factor": factor, "value": value, "G_multiply_adds": count, **told})
@@ -153,7 +154,8 @@ def growth(args, table: dict) -> list[dict]:
 
 def profile(args, table: dict) -> list[dict]:
     """Where a run's time goes: milliseconds a training step by the paragraphs of training.py, logs
-    and checkpoints at the recipe's intervals; decoding and scoring milliseconds an image."""
+    and checkpoints at the recipe's intervals, on a GPU without the graph; decoding and scoring
+    milliseconds an image."""
     found = {name: job(args, "profile", name=name, threads=args.threads) for name in RECIPES}
     phases = dict.fromkeys(phase for spent in found.values() for phase in spent)
     return [
@@ -276,7 +278,7 @@ def process(words: list[str]) -> dict:
         with contextlib.suppress(ValueError):
             parsed = json.loads(line)
             found = parsed if isinstance(parsed, dict) else found
-    return {"wall_seconds": seconds, "peak_MB": peak / 1024, **found}
+    return {**found, "wall_seconds": seconds, "peak_MB": peak / 1024}
 
 
 def peak_of(pid: int) -> int:

@@ -3,17 +3,19 @@ import errno
 import io
 import json
 import os
+import resource
 import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from ganomaly import experiment
 from ganomaly.config import ROOT, SCORES, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
 from ganomaly.evaluation import samples_of
-from ganomaly.files import write_atomic
+from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.provenance import command
 from ganomaly.published import PUBLISHED
 from ganomaly.results import FIGURES, results_csv, results_md, summary
@@ -137,6 +139,20 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
         line = describe(error.value)
         assert str(path) in line and "free some space" in line
+
+
+def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_path):
+    path = tmp_path / "last.pt"
+    write_torch(path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            write_torch(path, {"weights": [torch.zeros(100_000) for _ in range(9)]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG and str(path) in describe(error.value)
+    assert read_torch(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_log_goes_on_from_the_checkpoint_and_drops_a_half_written_line(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def test_a_step_costs_what_the_equations_ask_for_and_no_more(size, width, latent
 def test_a_stopwatch_counts_the_steps_after_the_warm_up(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    watch = measure.Stopwatch(CPU, seconds=4.0, warm_up=2, windows=2)
+    watch = measure.Stopwatch(CPU, seconds=4.0, warm_up=2, windows=2, least=2)
     with pytest.raises(measure.Enough):
-        for seconds in (10, 10, 1, 1, 3, 2, 6):  # two slow steps, a window of three, one of two
+        for seconds in (10, 10, 1, 1, 3, 7, 1):  # two slow steps, a window of three, one of two
             now[0] += seconds
             watch.update()
     assert watch.speeds == [3 / 5, 2 / 8]
@@ -115,6 +116,36 @@ def test_the_speed_table_is_read_off_its_json(script, tmp_path):
     assert f"| 1 | {load_script('speed').cell(row['float32'])} |" in out
     code, _, err = script("speed", "--only=rof", "--experiments-dir", tmp_path)
     assert code == 2 and "no such part; there: roof, training" in err
+
+
+def test_ours_is_measured_in_one_process_but_in_turn_beside_a_peer(monkeypatch):
+    speed, asked = load_script("speed"), []
+
+    def process(words):
+        asked.append(words)
+        if words == ["peer", "64"] or words == ["peer", "128"]:
+            return {"images_per_second": 5.0, "peak_MB": 1.0}
+        given = json.loads(words[words.index("--job") + 1])
+        found = {"images_per_second": [10.0] * given["windows"], "peak_MB": 2.0}
+        return found | ({"peak_GPU_MB": 3.0} if "cuda" in words else {})
+
+    monkeypatch.setattr(speed, "process", process)
+    monkeypatch.setattr(speed, "multiply_adds", lambda *_, **__: 2.0)
+    table = {"roof": {"rows": [{"threads": 1, "amp": 40.0}]}}
+    given = dict(threads=1, repeats=3, seconds=1.0, device="cpu", on_a_gpu=False)
+    rows = speed.training(SimpleNamespace(**given, peer=[]), table)
+    assert len(asked) == len(rows) == len(speed.SHAPES)
+    assert rows[0]["images_per_second"] == [10.0] * 3 and rows[0]["of_the_roof"] == 0.5
+    asked.clear()
+    rows = speed.training(SimpleNamespace(**given, peer=["peer {image_size}"]), table)
+    assert [words[0] == "peer" for words in asked] == [False, True] * 3 * len(speed.SHAPES)
+    assert [row.get("we_are_faster") for row in rows[:2]] == [None, 2.0]
+    assert rows[0]["images_per_second"] == [10.0] * 3 and rows[1]["peak_MB"] == [1.0] * 3
+    given |= dict(device="cuda", on_a_gpu=True, peer=[])
+    rows = speed.training(SimpleNamespace(**given), table)
+    assert [row["image_size"] for row in rows] == [64, 64, 128, 256]
+    rows += speed.growth(SimpleNamespace(**given), table)
+    assert all((row["peak_MB"], row["peak_GPU_MB"]) in ((2.0, 3.0), ([2.0], [3.0])) for row in rows)
 
 
 def test_the_table_without_a_roof_says_what_to_measure_first(script, tmp_path):

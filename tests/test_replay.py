@@ -102,20 +102,28 @@ def test_a_step_that_python_changes_is_not_replayed(tapes, capsys):
     assert "it computes something else" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("deterministic", (False, True))
-def test_a_last_bit_is_allowed_only_where_sums_have_no_order(deterministic, monkeypatch):
-    total, once = torch.zeros(1), iter([1e-6])
+@pytest.mark.parametrize(
+    ("off", "deterministic", "used"),
+    [
+        (0, False, True),
+        (0, True, True),
+        (1e-6, False, True),
+        (1e-6, True, False),
+        (0.2, False, False),
+    ],
+)
+def test_a_last_bit_is_allowed_only_where_sums_have_no_order(off, deterministic, used, monkeypatch):
+    total = torch.zeros(1)
 
     def record(step, inputs, stream):
-        off = 1 + next(once)
-        return lambda: total.add_(inputs[0] * off)
+        return lambda: total.add_(inputs[0] * (1 + off))
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     update = replay.Replayed(lambda x: total.add_(x), lambda: total, CPU)
     for _ in range(5):
         update(torch.ones(1))
-    assert (update.replay is None) == deterministic
+    assert (update.replay is not None) == used
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
