@@ -143,7 +143,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
         "--deterministic", action="store_true",
-        help="on CUDA the same bytes in every run, slower",
+        help="on CUDA only algorithms that give the same bytes in every run",
     )  # fmt: skip
 
 
