@@ -51,7 +51,7 @@ def roof(device: torch.device, threads: int) -> dict:
     return {**found, "GB": a.nbytes / best_time(lambda: a @ b, device) / 1e9}
 
 
-def training(device: torch.device, values: dict, n: int, seconds: float, windows: int = 1) -> dict:
+def training(device: torch.device, values: dict, n: int, seconds: float, windows: int) -> dict:
     """Images a second of train() on n drawn images, its first steps left out, in each of some
     windows of time, three steps in all or more; on a GPU, the peak of its memory in MB."""
     config = resolve(values)
@@ -106,7 +106,7 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
     }
 
 
-def scoring(device: torch.device, name: str, seconds: float, windows: int = 1) -> dict:
+def scoring(device: torch.device, name: str, seconds: float, windows: int) -> dict:
     """Milliseconds from one uint8 image to all of its scores, median and 99th percentile of each
     window of time, and what that costs by count."""
     detector = untrained(load_recipe(name), device)
@@ -180,7 +180,7 @@ class Stopwatch:
     A window lasts `seconds`, and `least` steps.
     """
 
-    def __init__(self, device: torch.device, seconds: float, warm_up=2, windows=1, least=1):
+    def __init__(self, device: torch.device, seconds: float, warm_up: int, windows=1, least=1):
         self.device, self.seconds, self.warm_up = device, seconds, warm_up
         self.windows, self.least = windows, least
         self.steps, self.since = 0, time.perf_counter()

@@ -7,6 +7,7 @@ are filled in. Nothing else should run meanwhile.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -63,7 +64,7 @@ def main(argv=None) -> int:
         from ganomaly.provenance import provenance
 
     device = use_device(args.device)
-    args.device, args.on_a_gpu = str(device), device.type == "cuda"
+    args.device = str(device)  # auto is decided once
     if args.job:
         given = json.loads(args.job)
         print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))
@@ -104,7 +105,7 @@ def training(args, table: dict) -> list[dict]:
     rows, top = [], roof_of(table, args.threads, "amp")
     # Beside peers each figure is of a process of its own, in turn with theirs
     turns, windows = (args.repeats, 1) if args.peer else (1, args.repeats)
-    for image_size, batch_size in SHAPES + ON_A_GPU * args.on_a_gpu:
+    for image_size, batch_size in SHAPES + ON_A_GPU * args.device.startswith("cuda"):
         shape = {"image_size": image_size, "batch_size": batch_size}
         commands = {}
         for peer in args.peer:
@@ -113,11 +114,11 @@ def training(args, table: dict) -> list[dict]:
             commands[peer] = []
         ours = []
         for _ in range(turns):
-            ours.append(train_job(args, windows=windows, **shape))
+            ours.append(train_job(args, args.seconds, windows, **shape))
             for command, runs in commands.items():
                 runs.append(process(shlex.split(command)))
         speed = [x for run in ours for x in run["images_per_second"]]
-        count = multiply_adds(args, **shape)
+        count = multiply_adds(image_size=image_size)
         row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
         row["of_the_roof"] = statistics.median(speed) * count / top
         rows.append({**row, **{key: of(ours, key) for key in PEAKS if key in ours[0]}})
@@ -141,13 +142,13 @@ def growth(args, table: dict) -> list[dict]:
             slim = {"width": 16} if (factor, value) == ("image_size", 256) else {}
             changes = {} if DEFAULT[factor] == value else {**slim, factor: value}
             if (key := json.dumps(changes)) not in runs:
-                runs[key] = train_job(args, seconds=args.seconds / 2, **changes)
+                runs[key] = train_job(args, args.seconds / 2, windows=1, **changes)
             run = runs[key]
             (speed,) = run["images_per_second"]
             told = {key: run[key] for key in PEAKS if key in run}
             told |= {"images_per_second": speed, "ms_an_image": 1000 / speed}
             shape = {} if factor in ("batch_size", "images") else changes
-            count = multiply_adds(args, **shape)
+            count = multiply_adds(**shape)
             rows.append({"factor": factor, "value": value, "G_multiply_adds": count, **told})
     return rows
 
@@ -234,24 +235,17 @@ def job(args, kind: str, **given) -> dict:
     return script(args, "speed", "--job", json.dumps({"job": kind, **given}))
 
 
-def train_job(args, images=1000, seconds: float | None = None, windows=1, **changes) -> dict:
+def train_job(args, seconds: float, windows: int, images: int = 1000, **changes) -> dict:
     values = {"dataset": "folder", "threads": args.threads, **changes}
-    given = {"n": images, "seconds": seconds or args.seconds, "windows": windows}
-    return job(args, "training", values=values, **given)
+    return job(args, "training", values=values, n=images, seconds=seconds, windows=windows)
 
 
-COUNTED: dict[str, float] = {}
-
-
-def multiply_adds(args, batch_size: int = 16, **shape) -> float:
-    """Billions of a training step, per image, whatever the batch; counted once per shape."""
+@functools.cache
+def multiply_adds(**shape) -> float:
+    """Billions of a training step, per image, whatever the batch."""
     from ganomaly.measure import training_count
 
-    values = {"dataset": "folder", "threads": args.threads, **shape}
-    key = str(sorted(values.items()))
-    if key not in COUNTED:
-        COUNTED[key] = training_count(values)
-    return COUNTED[key]
+    return training_count({"dataset": "folder", **shape})
 
 
 def script(args, name: str, *words: str) -> dict:
