@@ -11,12 +11,26 @@ flags = $(if $($(1)),$(2) $($(1)))
 place = $(call flag,DATA_ROOT,--data-root) $(call flag,DEVICE,--device) $(ARGS)
 which = $(call flag,DATASET,--dataset) $(call flag,CATEGORY,--category) $(call flag,SEED,--seed) \
 	$(call flag,EXPERIMENT,--experiment)
-lists = $(if $(filter command,$(origin CATEGORIES) $(origin SEEDS)),\
-	$(error make $@ takes CATEGORY= and SEED=, make benchmark the lists CATEGORIES= and SEEDS=))
-config = $(if $(RECIPE),--config "experiments/$(RECIPE)/config.json")
+recipe = $(call flag,RECIPE,--recipe) $(which)
+lists = $(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds)
 
-words_of_benchmark = scripts/benchmark.py $(call flag,RECIPE,--recipe) $(which) \
-	$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+# What each target takes beside PYTHON; any other variable is an error, a misspelled one too
+run := DATASET CATEGORY SEED EXPERIMENT DATA_ROOT DEVICE ARGS
+takes_download := DATA_ROOT URL ARGS
+takes_train := RECIPE $(run)
+takes_benchmark := RECIPE $(run) CATEGORIES SEEDS WORKERS
+takes_ablate := RECIPE $(run) CATEGORIES SEEDS
+takes_evaluate := $(run)
+takes_predict := MODEL IMAGES OUTPUT HEATMAPS DEVICE ARGS
+takes_export := MODEL OUTPUT ARGS
+takes_report := EXPERIMENT DATA_ROOT DEVICE ARGS
+takes_board := EXPERIMENT
+takes_speed := EXPERIMENT DATA_ROOT DEVICE ARGS
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(foreach goal,$(MAKECMDGOALS),$(foreach name,$(filter-out PYTHON $(takes_$(goal)),$(given)),\
+	$(error make $(goal) does not know $(name)=; it takes $(or $(takes_$(goal)),no variables))))
+
+words_of_benchmark = scripts/benchmark.py $(recipe) $(lists) $(place)
 
 .DEFAULT_GOAL := help
 .PHONY: help download train benchmark ablate evaluate predict export report board speed test torture
@@ -33,7 +47,7 @@ download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=m
 	@$(PYTHON) scripts/download.py $(call flag,DATA_ROOT,--data-root) $(call flag,URL,--url) $(ARGS)
 
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
-	$(lists)@$(PYTHON) scripts/train.py $(config) $(which) $(place)
+	@$(PYTHON) scripts/train.py $(recipe) $(place)
 
 # With WORKERS torchrun starts that many processes, which share the runs; where one dies all start
 # again and go on. What none of them could do is then told once, by the exit code too.
@@ -43,9 +57,8 @@ benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" 
 		torch.distributed.run --standalone --nproc-per-node "$(WORKERS)" --max-restarts 3 \
 		$(words_of_benchmark) &&) $(PYTHON) $(words_of_benchmark)
 
-ablate: $(READY) ## what each part is worth: RECIPE= CATEGORIES= SEEDS= DATASET= EXPERIMENT=
-	@$(PYTHON) scripts/ablate.py $(call flag,RECIPE,--recipe) $(which) \
-		$(call flags,CATEGORIES,--categories) $(call flags,SEEDS,--seeds) $(place)
+ablate: $(READY) ## what each part of a recipe is worth: RECIPE= CATEGORIES= SEEDS= EXPERIMENT=
+	@$(PYTHON) scripts/ablate.py $(recipe) $(lists) $(place)
 
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
@@ -67,11 +80,11 @@ board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT
 speed: $(READY) ## what this machine does in a second, beside its roof: EXPERIMENT= ARGS=
 	@$(PYTHON) scripts/speed.py $(call flag,EXPERIMENT,--experiment) $(place)
 
-test: $(READY) ## ruff, where this Python has it, and pytest
+test: $(READY) ## ruff and pytest, in as many processes as there are cores: as far as they are installed
 	@if $(PYTHON) -c "import ruff" 2>/dev/null; \
 		then $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .; \
 		else echo "no ruff with $(PYTHON): the code is not linted"; fi
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto')" 2>/dev/null)
 
 torture: $(READY) ## kill -9 at random, full disks, 50,000 steps: half an hour
 	@$(PYTHON) -m pytest -s tests/torture.py

@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from ganomaly.config import (
     DATASET_DEFAULTS,
     FIELDS,
     ROOT,
+    Config,
     allowed,
     checked,
     from_json,
@@ -22,6 +25,7 @@ from ganomaly.config import (
 )
 from ganomaly.errors import UserError
 
+EXPERIMENTS = ROOT / "experiments"  # where runs go
 GROUPS = {  # of --help; a field that stands in none of them is in "training"
     "images": ("dataset", "category", "image_size", "channels", "normalise", "corrupted"),
     "networks": ("width", "latent_dim", "extra_layers", "comparator_width"),
@@ -67,22 +71,28 @@ class Parser(argparse.ArgumentParser):
                 key = FIELDS[name]
                 choices = f": {allowed(key)}" if key.metadata["choices"] else ""
                 default = "" if name in ("dataset", "category") else f" [{key.default}]"
+                # A bool's flag may stand alone: --flag is --flag true
+                switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}
                 group.add_argument(
                     "--" + name.replace("_", "-"),
                     metavar=str(key.type).split()[0].upper(),
                     help=key.metadata["help"] + choices + default,
+                    **switch,
                 )
 
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags.
 
-        A --dataset other than the file's brings its own defaults, as its images are of other sizes.
+        A --dataset other than the file's brings all of its own defaults, as its images are of
+        another size: what the file's dataset changed of the defaults is taken back.
         """
         values = {}
         if args.config:
             values = parse_values(read_text(args.config), args.config)
             from_json(json.dumps(values), args.config)  # so that a wrong value names the file
             if args.dataset not in (None, values.get("dataset")):
+                changed = DATASET_DEFAULTS.get(values.get("dataset"), {})
+                values |= {name: FIELDS[name].default for name in changed}
                 values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
         for name, key in FIELDS.items():
             text = getattr(args, name, None)
@@ -92,6 +102,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_text(key: dataclasses.Field, text: str):
+    if str(key.type) == "bool":
+        return {"true": True, "false": False}.get(text.lower(), text)
     kind = {"int": int, "float": float}.get(str(key.type), str)
     try:
         return kind(text)
@@ -107,7 +119,7 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch mnist or cifar10 if missing")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(
-        "--experiments-dir", type=Path, default=Path(os.path.relpath(ROOT / "experiments")),
+        "--experiments-dir", type=Path, default=Path(os.path.relpath(EXPERIMENTS)),
         metavar="DIR", help="folder of the experiments [experiments]",
     )  # fmt: skip
 
@@ -140,6 +152,7 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """How to train: no part of a config either."""
+    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
         "--deterministic", action="store_true",
@@ -148,16 +161,47 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def experiment_folder(args: argparse.Namespace, name: str) -> Path:
-    if not is_name(name):
+    """The folder of an experiment: a plain name, or one in another, as local/paper is."""
+    if not all(is_name(part) for part in name.split("/")):
         raise UserError(f"--experiment {name!r} is not a plain folder name")
     return args.experiments_dir / name
 
 
+def recipe_name(args: argparse.Namespace) -> str:
+    """The name of the recipe that --recipe or --config stands for."""
+    if args.config is None:
+        return args.recipe
+    return args.config.resolve().parent.name if args.config.stem == "config" else args.config.stem
+
+
 def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
     """The values of --config, else of the recipe, with the flags' over them."""
-    if args.config is None:
+    if args.config is None and args.recipe is not None:
         args.config = ROOT / "experiments" / args.recipe / "config.json"
         if not is_name(args.recipe) or not args.config.is_file():
-            there = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/config.json"))
-            raise UserError(f"--recipe {args.recipe}: no such recipe; there: {', '.join(there)}")
+            hint = nearest(args.recipe, recipes()).replace("known:", "there:")
+            raise UserError(f"--recipe {args.recipe}: no such recipe; {hint}")
     return parser.given(args)
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that git keeps; without git of all experiments."""
+    here = ROOT / "experiments"
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "*/config.json"], cwd=here, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        paths = [Path(line) for line in listed.stdout.splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        paths = [path.relative_to(here) for path in here.glob("*/config.json")]
+    return sorted(str(path.parent) for path in paths if len(path.parts) == 2)
+
+
+def note_unused_root(config: Config, args: argparse.Namespace) -> None:
+    """Say that the digits come from scikit-learn, where --data-root names a folder."""
+    if config.dataset == "digits" and args.data_root is not None:
+        print(
+            "note: the digits need no --data-root; --category or --dataset folder takes images",
+            file=sys.stderr,
+        )

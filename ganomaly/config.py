@@ -16,7 +16,8 @@ from pathlib import Path
 from ganomaly.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the clone, which the scripts run from
-DATASETS = ("digits", "mnist", "cifar10", "mvtec", "folder")
+FOLDERS = ("mvtec", "folder")  # images in folders; mvtec is one whose categories have known names
+DATASETS = ("digits", "mnist", "cifar10", *FOLDERS)
 SCORES = (
     "latent", "latent_l1", "contextual", "feature", "residual", "gradient", "comparator",
     "latent_whitened", "calibrated",
@@ -116,6 +117,11 @@ class Config:
             raise UserError(f"category: {self.category!r} is not a plain folder name")
 
     @property
+    def in_folders(self) -> bool:
+        """Whether the images are files in folders of MVTec AD's layout."""
+        return self.dataset in FOLDERS
+
+    @property
     def n_corrupted(self) -> int:
         """Images of a batch that are corrupted; at least one is not."""
         return int(self.corrupted * self.batch_size)
@@ -142,6 +148,8 @@ def is_name(text: str) -> bool:
 
 def allowed(key: dataclasses.Field) -> str:
     limits = key.metadata
+    if str(key.type) == "bool":
+        return "true, false"
     if limits["choices"]:
         return ", ".join(str(choice) for choice in limits["choices"])
     words = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
@@ -153,8 +161,8 @@ def checked(key: dataclasses.Field, value):
     kind, limits = str(key.type), key.metadata
     if kind == "float" and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    names = {"int": "a whole number", "float": "a number"}
-    types = {"int": int, "float": float}
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    types = {"int": int, "float": float, "bool": bool}
     if not (value is None and "None" in kind) and type(value) is not types.get(kind, str):
         expected = names.get(kind, "text")
         raise UserError(
@@ -228,9 +236,12 @@ def nearest(name: str, known) -> str:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Fields in which results differ, as 'name (theirs there, ours asked)'."""
+    """Fields that change results and differ, as 'name (theirs there, ours asked)'."""
+    same = {"checkpoint_every"}
+    if ours.in_folders and theirs.in_folders:
+        same.add("dataset")
     return [
         f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"
         for name in FIELDS
-        if name != "checkpoint_every" and getattr(ours, name) != getattr(theirs, name)
+        if name not in same and getattr(ours, name) != getattr(theirs, name)
     ]

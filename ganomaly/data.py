@@ -13,8 +13,10 @@ import hashlib
 import os
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ganomaly.config import Config, is_name, nearest
-from ganomaly.errors import UserError
+from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
 from ganomaly.images import (
     SUFFIXES,
@@ -44,6 +46,22 @@ CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
 
 
+class Folders(NamedTuple):
+    """Where the folders of a data set are, and how to get them."""
+
+    root: str  # where no --data-root is given
+    hint: str
+
+
+FOLDERS = {
+    "mvtec": Folders(
+        "data/mvtec",
+        "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
+    ),
+    "folder": Folders("data", "put images of good parts there, or name another --data-root"),
+}
+
+
 @dataclass(frozen=True)
 class Category:
     """Images (N, C, S, S) in uint8; test is empty where there was nothing to evaluate on."""
@@ -61,23 +79,21 @@ class Category:
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
     """The images of one run. UserError where they are missing, unreadable or too few."""
     root = data_root_of(config.dataset, data_root)
-    if config.dataset in ("mvtec", "folder"):
+    if config.in_folders:
         return load_folder(config, root)
     check_class(config)
-    if config.dataset == "digits" and data_root is not None:
-        print(
-            "note: the digits need no --data-root; --category or --dataset folder takes images",
-            file=sys.stderr,
-        )
     return load_one_class_out(config, *arrays(config.dataset, root, download))
 
 
 def data_root_of(dataset: str, data_root: Path | None) -> Path:
-    return Path(data_root or ("data/mvtec" if dataset == "mvtec" else "data"))
+    return Path(data_root or (FOLDERS[dataset].root if dataset in FOLDERS else "data"))
 
 
 def check_class(config: Config) -> None:
-    known = CLASSES[config.dataset]
+    """UserError where the data set's categories have known names and this is none of them."""
+    known = CLASSES.get(config.dataset)
+    if known is None:
+        return
     if config.category is None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
     if config.category not in known:
@@ -103,23 +119,30 @@ def category_name(config: Config, data_root: Path | None) -> str:
 def category_folder(config: Config, data_root: Path | None) -> Path:
     """The category's folder; UserError where there is nothing in it to train on."""
     root = data_root_of(config.dataset, data_root)
-    if config.dataset == "mvtec":
-        check_class(config)
+    check_class(config)
     folder = root / config.category if config.category else root
-    good = folder / "train" / "good"
-    if good.is_dir() or (config.dataset == "folder" and train_folder(folder) == folder):
+    if has_images(folder):
         return folder
-    if config.dataset == "mvtec":
-        to = "" if data_root is None else f" DATA_ROOT={shlex.quote(str(root))}"
-        mend = f"get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download{to}"
-    else:
-        mend = f"put images of good parts there or into {folder}, or name another --data-root"
+    hint = FOLDERS[config.dataset].hint
+    if hint.endswith("make download") and data_root is not None:
+        hint += f" DATA_ROOT={shlex.quote(str(root))}"
     deeper = sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good"))
-    if deeper:
-        mend = f"there is one for --data-root {deeper[0].parent.parent.parent}"
     there = categories_in(root)
-    also = f"; categories there: {', '.join(there)}" if there else ""
-    raise UserError(f"no folder {good}{also}; {mend}")
+    if (root / "train" / "good").is_dir():
+        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
+        if root.name != config.category:
+            hint = f"{root} is a category itself: --dataset folder without --category takes it"
+    elif deeper:
+        hint = f"there is one for --data-root {deeper[0].parent.parent.parent}"
+    elif there:
+        known = f"categories there: {', '.join(there)}"
+        hint = f"{known}; {hint if config.category else 'choose one with --category (CATEGORY=)'}"
+    raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder is a category: normal images in train/good, or in the folder itself."""
+    return train_folder(folder).is_dir()
 
 
 def train_folder(folder: Path) -> Path:
@@ -129,30 +152,33 @@ def train_folder(folder: Path) -> Path:
 
 
 def categories_in(root: Path) -> list[str]:
-    return sorted(path.parent.parent.name for path in root.glob("*/train/good"))
+    """The sub-folders with a train/good; where there are none, those with images."""
+    names = [path.parent.parent.name for path in root.glob("*/train/good")]
+    return sorted(names or [path.name for path in root.glob("[!.]*") if has_images(path)])
 
 
-def categories_of(config: Config, data_root: Path | None) -> list[str]:
-    """All categories of a data set; those of a folder are its sub-folders with a train/good."""
-    if config.dataset != "folder":
+def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
+    """All categories of a data set; None stands for a root that is a category itself."""
+    if config.dataset in CLASSES:
         return list(CLASSES[config.dataset])
     root = data_root_of(config.dataset, data_root)
+    if has_images(root) and not list(root.glob("*/train/good")):
+        return [None]
     if not (found := categories_in(root)):
         raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
     return found
 
 
 def missing_categories(
-    config: Config, names: list[str], data_root: Path | None, download: bool = False
+    config: Config, names: list[str | None], data_root: Path | None, download: bool = False
 ) -> dict[str, str]:
     """Those of the categories whose images are not there, with the reason."""
     missing = {}
     for name in names:
         one = config.replace(category=name)
-        if config.dataset != "folder":
-            check_class(one)
+        check_class(one)
         try:
-            if config.dataset in ("mvtec", "folder"):
+            if config.in_folders:
                 category_folder(one, data_root)
             else:
                 arrays(config.dataset, data_root_of(config.dataset, data_root), download)
@@ -161,27 +187,44 @@ def missing_categories(
     return missing
 
 
-def told(missing: dict[str, str], names: list[str]) -> str:
+def missing_message(missing: dict[str, str], names: list[str]) -> str:
     """What missing_categories found of `names`, and that it stops a command."""
     return (
-        f"data of {len(missing)} of {len(names)} categories is missing ({', '.join(missing)}), "
-        "nothing was trained"
+        f"data of {len(missing)} of {len(names)} categories is missing "
+        f"({', '.join(map(str, missing))}), nothing was trained"
     )
 
 
-def train_files(config: Config, data_root: Path | None) -> str | None:
-    """A hash of the training files' names and sizes; None where there is no such folder.
+def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
+    """Hashes of what is in the files of a category: train_images, and test_images with masks.
 
-    Cheap enough to tell a finished run's images from others of the same name.
+    By them a finished run knows its images. Empty where scikit-learn or torchvision has the images.
+    UserError where the category's folder is not there.
     """
-    if config.dataset not in ("mvtec", "folder"):
-        return None
-    try:
-        files = image_files(train_folder(category_folder(config, data_root)))
-    except UserError:
-        return None
-    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    if not config.in_folders:
+        return {}
+    folder = category_folder(config, data_root)
+    test = test_files(folder)
+    masks = [mask for mask in mask_files(folder, test) if mask is not None]
+    return {
+        "train_images": content_hash(image_files(train_folder(folder)), folder),
+        "test_images": content_hash([path for path, _ in test] + masks, folder),
+    }
+
+
+def content_hash(paths: list[Path], folder: Path) -> str:
+    """Of the files' names, relative to the folder, and bytes."""
+
+    def digest(path: Path) -> bytes:
+        name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
+        try:
+            return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
+        except OSError:  # a link to nowhere: load() names it
+            return name
+
+    readable = [path for path in paths if not path.is_fifo()]  # a pipe would be waited for
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, readable))).hexdigest()[:16]
 
 
 def load_folder(config: Config, root: Path) -> Category:
@@ -189,11 +232,8 @@ def load_folder(config: Config, root: Path) -> Category:
     good = train_folder(folder)
     train = image_files(good)
     check_train_size(len(train), config, good)
-    test = []
+    test = test_files(folder)
     if (folder / "test").is_dir():
-        for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
-            if not sub.name.startswith("."):
-                test += [(path, sub.name) for path in image_files(sub)]
         for kind, found in (
             ("images in test/good", any(defect == "good" for _, defect in test)),
             ("defective images in test/<defect>", any(defect != "good" for _, defect in test)),
@@ -220,30 +260,47 @@ def load_folder(config: Config, root: Path) -> Category:
     )
 
 
+def test_files(folder: Path) -> list[tuple[Path, str]]:
+    """The images in test/<defect>, each with its defect's name; sorted."""
+    found = []
+    if (folder / "test").is_dir():
+        for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
+            if not sub.name.startswith("."):
+                found += [(path, sub.name) for path in image_files(sub)]
+    return found
+
+
+def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
+    """ground_truth/<defect>/<image>_mask.png of every test image; None where it has none."""
+    found: list[Path | None] = []
+    for path, defect in test:
+        name = folder / "ground_truth" / defect / path.stem
+        both = [] if defect == "good" else [Path(f"{name}_mask.png"), Path(f"{name}.png")]
+        found.append(next((mask for mask in both if mask.is_file()), None))
+    return found
+
+
 def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> Tensor | None:
-    """ground_truth/<defect>/<image>_mask.png as bool (N, S, S); None unless all are there.
+    """The masks as bool (N, S, S); None unless every defective image has one.
 
     A pixel of the network's size is defective where at least half of it is. Good images have none.
     """
-    names = [folder / "ground_truth" / defect / path.stem for path, defect in test]
-    found = {
-        i: next((p for p in (Path(f"{name}_mask.png"), Path(f"{name}.png")) if p.is_file()), None)
-        for i, (name, (_, defect)) in enumerate(zip(names, test))
-        if defect != "good"
-    }
-    absent = [names[i] for i, path in found.items() if path is None]
-    if absent:
-        if len(absent) < len(found):
+    files = mask_files(folder, test)
+    defective = [i for i, (_, defect) in enumerate(test) if defect != "good"]
+    absent = [i for i in defective if files[i] is None]
+    if not defective or absent:
+        if len(absent) < len(defective):
+            path, defect = test[absent[0]]
             print(
-                f"note: {folder}: {len(absent)} of {len(found)} defective images have no mask "
-                f"(the first: {absent[0]}_mask.png), so no figures of pixels",
+                f"note: {folder}: {len(absent)} of {len(defective)} defective images have no mask "
+                f"(the first: {folder / 'ground_truth' / defect / path.stem}_mask.png), so no "
+                "figures of pixels",
                 file=sys.stderr,
             )
         return None
     masks = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
-    if found:
-        masks[list(found)] = read_images(list(found.values()), image_size, 1)[:, 0] >= 128
-    return masks if found else None
+    masks[defective] = read_images([files[i] for i in defective], image_size, 1)[:, 0] >= 128
+    return masks
 
 
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)
@@ -267,8 +324,8 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
         # not there, damaged, offline
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
         reason = " ".join(str(error).split())
-        mend = reason if download else "--download fetches it"
-        raise UserError(f"no complete {dataset} in {folder}; {mend}") from None
+        hint = reason if download else f"{flag('--download')} fetches it"
+        raise UserError(f"no complete {dataset} in {folder}; {hint}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
     return images, np.concatenate([np.asarray(part.targets) for part in parts])
 

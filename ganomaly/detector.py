@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
-from ganomaly.errors import UserError, out_of_memory
+from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import read_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build
@@ -37,7 +37,7 @@ from ganomaly.scoring import (
     threshold_at,
 )
 
-BATCH = 64  # images a scoring pass; memory, not results, depends on it
+PASS_IMAGES, PASS_PIXELS = 64, 2**20  # at most, of one scoring pass: they bound its memory
 
 
 class Verdicts(NamedTuple):
@@ -75,6 +75,11 @@ class Detector:
         self.fast = dict(self.networks)
         if can_pack(self.device):  # the comparator's layers, 3x3, win nothing
             self.fast |= {n: packed(self.networks[n]) for n in ("generator", "discriminator")}
+
+    @property
+    def batch(self) -> int:
+        """Images of one scoring pass."""
+        return max(1, min(PASS_IMAGES, PASS_PIXELS // self.config.image_size**2))
 
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
@@ -122,7 +127,7 @@ class Detector:
 
     def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
         """function of the Outputs of every batch of uint8 images (N, C, S, S), in float32."""
-        parts = pixels.split(BATCH)
+        parts = pixels.split(self.batch)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
             return [function(self.outputs(batch)) for batch in bar]
@@ -196,5 +201,6 @@ def load_detector(path, device: torch.device) -> Detector:
             raise
         raise UserError(
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
+            f"{reason_of(error)}"
         ) from None
     return Detector(networks, config, device, scale, calibration, threshold)

@@ -14,6 +14,11 @@ class UserError(Exception):
     """Something the user can mend: the message names the path or key, and the mend."""
 
 
+def flag(name: str) -> str:
+    """A flag of the scripts in a message, and how make passes it on."""
+    return f"{name} (with make: ARGS={name})"
+
+
 def describe(error: BaseException) -> str | None:
     """One line for an error that is not ours to fix, None for a bug of ours."""
     if isinstance(error, UserError):
@@ -47,6 +52,12 @@ def out_of_memory(error: BaseException) -> bool:
         or isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of a state that does not fit, in one line, to stand behind a message."""
+    text = " ".join(str(error).split())
+    return f" ({text[:300]})" if text else ""
 
 
 def lost_device(error: BaseException) -> bool:

@@ -93,8 +93,10 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
                 file=sys.stderr,
             )
         return None
-    heat = detector.heat_maps(category.test)
-    return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
+    histogram = metrics.Histogram()
+    for images, mask in zip(category.test.split(detector.batch), masks.split(detector.batch)):
+        histogram.add(mask.numpy(), detector.heat_maps(images).numpy())
+    return histogram.auroc()
 
 
 def look(

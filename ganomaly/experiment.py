@@ -1,18 +1,20 @@
 """The experiment folder: config, log, checkpoint, model, scores, metrics, results tables.
 
 A run is experiments/<name>/<category>/seed<seed>/. Every file but the log and TensorBoard's is
-whole or not there. A run is finished when metrics.json and model.pt are both there; model.pt is
+whole or not there. A run is finished when model.pt and metrics.json are both there; metrics.json is
 written last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,15 +25,17 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly import curves
 from ganomaly.batches import to_input
-from ganomaly.config import Config
-from ganomaly.errors import UserError
+from ganomaly.config import ROOT, Config
+from ganomaly.errors import UserError, flag
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
 from ganomaly.pictures import panel, png
+from ganomaly.provenance import changed_code, code
 from ganomaly.results import (
     ALWAYS,
     COUNTS,
     FIGURES,
     METRICS,
+    Reference,
     csv_text,
     results_csv,
     results_md,
@@ -47,6 +51,7 @@ OURS = (
 SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
 SCRATCH = "local"  # the experiment of make train: runs of any config, ignored by git
 SEED = 42  # of a recipe's config.json
+ANEW = f"{flag('--force')} trains anew, --experiment NAME (EXPERIMENT=NAME) keeps both"
 
 
 class Run:
@@ -86,18 +91,22 @@ class Run:
         if self.path("config.json").is_file():
             self.compare(configuration.load(self.path("config.json")))
         elif self.finished:  # a checkpoint has a copy
-            raise UserError(f"{self.path('config.json')} is gone; --force trains this run anew")
+            raise UserError(
+                f"{self.path('config.json')} is gone; {flag('--force')} trains this run anew"
+            )
 
     def compare(self, theirs: Config) -> None:
         if changed := configuration.differences(self.config, theirs):
             raise UserError(
-                f"{self.folder} was made with another config: {', '.join(changed)}; "
-                "--force trains it anew, --experiment NAME keeps both"
+                f"{self.folder} was made with another config: {', '.join(changed)}; {ANEW}"
             )
 
     def begin(self, anew: bool) -> None:
-        """Make the folder ready: nothing of an older run where `anew`."""
-        for pattern in OURS if anew else OURS[:2]:  # a model without metrics is an older one
+        """Make the folder ready: nothing of an older run where `anew`.
+
+        Else what would make the run look finished goes: git keeps metrics.json, but no model.pt.
+        """
+        for pattern in OURS if anew else OURS[:3]:
             for path in self.folder.glob(pattern):
                 path.unlink()
         write_atomic(self.path("config.json"), self.config.to_json())
@@ -113,6 +122,7 @@ class Run:
                 theirs = configuration.from_json(state["config"], path)
                 if not {"seconds", "sums", "images"} <= state.keys() or state["step"] < 1:
                     raise ValueError
+                changed = changed_code(state.get("code"))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
                 state = None
                 aside = path.with_name("last.damaged.pt")
@@ -123,6 +133,8 @@ class Run:
                 )
         if state:
             self.compare(theirs)
+            if changed:
+                raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second to import
 
         self.step = step = state["step"] if state else 0
@@ -135,7 +147,8 @@ class Run:
         return state
 
     def save(self, state: dict) -> None:
-        write_torch(self.path("last.pt"), {**state, "config": self.config.to_json()})
+        origin = {"config": self.config.to_json(), "code": code()}
+        write_torch(self.path("last.pt"), {**state, **origin})
         self.step = state["step"]
 
     def skip(self, steps: int) -> None:
@@ -231,33 +244,39 @@ def kept_lines(path: Path, step: int) -> list[str]:
 # The recipe of an experiment
 
 
-def check_recipe(experiment: Path, config: Config) -> None:
-    """A named experiment holds runs of one recipe; UserError where this config is another."""
+def check_recipe(experiment: Path, config: Config, forced: Collection[Path] = ()) -> None:
+    """A named experiment holds runs of one recipe; UserError where this config is another.
+
+    forced: the folders of the runs that are trained anew, whatever they were. Where no other run
+    is left, the experiment takes another recipe.
+    """
     path = experiment / "config.json"
     if experiment.name == SCRATCH or not path.is_file():
         return
     if changed := configuration.differences(recipe_of(config), recipe_of(configuration.load(path))):
-        raise UserError(
-            f"{path} is another recipe: {', '.join(changed)}; choose another --experiment, "
-            "or remove that file if it was a mistake"
-        )
+        runs = [run.parent for run in sorted(experiment.glob("*/seed*/config.json"))]
+        others = [f"{run.parent.name} {run.name}" for run in runs if run not in forced]
+        if forced and not others:
+            return
+        kept = f" of {len(others)} more runs, {others[0]} for one" if forced else ""
+        raise UserError(f"{path} is another recipe{kept}: {', '.join(changed)}; {ANEW}")
 
 
-def write_recipe(experiment: Path, config: Config) -> None:
+def write_recipe(experiment: Path, config: Config, forced: Collection[Path] = ()) -> None:
     """The first run of a named experiment leaves its config.json: seed 42, no category."""
     path = experiment / "config.json"
     if experiment.name == SCRATCH:
         return
     with locked(experiment, wait=True):
-        check_recipe(experiment, config)  # again: another process may have been faster
-        if not path.is_file():
-            write_atomic(path, config.replace(category=None, seed=SEED).to_json())
+        check_recipe(experiment, config, forced)  # again: another process may have been faster
+        recipe = config.replace(category=None, seed=SEED)
+        if not path.is_file() or configuration.differences(recipe, configuration.load(path)):
+            write_atomic(path, recipe.to_json())
 
 
 def recipe_of(config: Config) -> Config:
-    """What runs of one recipe have in common. mvtec is a folder whose categories have names."""
-    dataset = "folder" if config.dataset == "mvtec" else config.dataset
-    return config.replace(dataset=dataset, category=None, seed=SEED)
+    """What runs of one recipe have in common."""
+    return config.replace(category=None, seed=SEED)
 
 
 # Tables, from the metrics.json files
@@ -300,10 +319,17 @@ def of_its_kind(key: str, value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def write_results(experiment: Path) -> None:
-    """Rebuild results.csv and results.md from the runs' metrics.json files."""
+def write_results(experiment: Path, recipe: str | None = None) -> None:
+    """Rebuild results.csv, results.md and curves.svg from the files of the runs.
+
+    recipe: whose committed table stands beside the figures; see reference_of.
+    """
     with rewriting(experiment):  # the last of several processes writes what all have done
-        rebuild_results(experiment)
+        table = read_table(experiment)
+        if table.looks:
+            write_atomic(experiment / "curves.svg", curves.svg(experiment.name, table.looks))
+        write_atomic(experiment / "results.csv", results_csv(table.runs, table.alike))
+        write_atomic(experiment / "results.md", markdown(experiment, table, recipe))
 
 
 @contextlib.contextmanager
@@ -338,25 +364,63 @@ def runs_of(
             yield path.parent, metrics, config
 
 
-def rebuild_results(experiment: Path) -> None:
+@dataclass
+class Table:
+    """The finished runs of an experiment."""
+
+    runs: list[dict]  # metrics, by seed and category
+    alike: bool  # all of one recipe; `local` may hold several, and then there are no means
+    looks: dict[str, list]  # category -> its seeds' curves
+    best: dict[
+        tuple[str, int], float
+    ]  # (category, seed) -> AUROC of the best checkpoint, an oracle
+
+
+def read_table(experiment: Path, only: Collection[tuple[str, int]] | None = None) -> Table:
+    """The table of an experiment, or of those of its runs whose category and seed `only` has."""
+
     def refused(error):  # which is no reason to stop the others
         print(f"warning: not in the tables of {experiment}: {error}", file=sys.stderr)
 
-    found, recipes = {}, []
-    for run, metrics, config in runs_of(experiment, refused):
-        found[run] = metrics
-        recipes.append(recipe_of(config))
-    runs = sorted(found.values(), key=lambda m: (m["seed"], m["category"]))
-    # Means are of runs of one config; `local` may hold others.
-    alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
+    runs, recipes = [], []
     looks: dict[str, list] = {}
-    best = {}  # an oracle: what choosing the checkpoint on the test set would have given
-    for run, m in found.items():
+    best = {}
+    for run, metrics, config in runs_of(experiment, refused):
+        key = metrics["category"], metrics["seed"]
+        if only is not None and key not in only:
+            continue
+        runs.append(metrics)
+        recipes.append(recipe_of(config))
         if looked := curves.read(run / "curve.csv"):
             looks.setdefault(run.parent.name, []).append(looked)
-            if m["score"] in looked and m["auroc"] is not None:
-                best[m["category"], m["seed"]] = max(m["auroc"], *looked[m["score"]].values())
-    if looks:
-        write_atomic(experiment / "curves.svg", curves.svg(experiment.name, looks))
-    write_atomic(experiment / "results.csv", results_csv(runs, alike))
-    write_atomic(experiment / "results.md", results_md(experiment.name, runs, alike, best))
+            if metrics["score"] in looked and metrics["auroc"] is not None:
+                best[key] = max(metrics["auroc"], *looked[metrics["score"]].values())
+    runs.sort(key=lambda m: (m["seed"], m["category"]))
+    alike = not any(configuration.differences(recipe, recipes[0]) for recipe in recipes)
+    return Table(runs, alike, looks, best)
+
+
+def markdown(experiment: Path, table: Table, recipe: str | None = None) -> str:
+    """A table for people, the reference beside it where there is one."""
+    reference = reference_of(experiment, recipe)
+    return results_md(experiment.name, table.runs, table.alike, table.best, reference)
+
+
+def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:
+    """The committed table of a recipe, by default of the experiment's name, as local/paper has it.
+
+    None where there is none, and for the committed experiment itself.
+    """
+    folder = ROOT / "experiments" / (recipe or experiment.name)
+    if not (folder / "results.csv").is_file() or folder.resolve() == experiment.resolve():
+        return None
+    try:
+        ours, theirs = (configuration.load(f / "config.json") for f in (experiment, folder))
+        with open(folder / "results.csv", encoding="utf-8") as file:
+            figures = {
+                (row["category"], int(row["seed"])): float(row["auroc"])
+                for row in csv.DictReader(file)
+            }
+    except (UserError, ValueError, KeyError, TypeError):  # an experiment without a recipe
+        return None
+    return Reference(folder.name, figures, configuration.differences(ours, theirs))

@@ -87,7 +87,8 @@ def profile(device: torch.device, name: str, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         draw_category(Path(scratch) / "drawn", 260, 60)
         with Paragraphs(train, device) as inside:
-            pipeline.run_one(config, Path(scratch) / "local", Path(scratch), device)
+            setting = pipeline.Setting(Path(scratch), device)
+            pipeline.run_one(config, Path(scratch) / "local", setting)
         paths = list((Path(scratch) / "drawn").rglob("*.png"))
         begun = time.perf_counter()
         pixels = read_images(paths, config.image_size, config.channels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import functools
+import hashlib
 import platform
 import shlex
 import subprocess
@@ -13,6 +15,13 @@ from pathlib import Path
 import torch
 
 from ganomaly.config import ROOT, Config
+
+# Modules that change no number of a run. Every other one of ganomaly/ computes; config.py is here
+# because a run's values are in its config.json.
+NOT_COMPUTING = (
+    "__init__", "charts", "cli", "config", "curves", "errors", "experiment", "files", "measure",
+    "pictures", "pipeline", "provenance", "published", "report", "results",
+)  # fmt: skip
 
 
 def provenance(device: torch.device, config: Config) -> dict:
@@ -27,6 +36,7 @@ def provenance(device: torch.device, config: Config) -> dict:
         "commit": commit(),
         "command": command(sys.argv),
         "date": now(),
+        "code": code(),
     }
 
 
@@ -43,6 +53,24 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def code() -> dict[str, str]:
+    """A hash of every module that computes, as it was when first asked; comments don't count."""
+    folder = ROOT / "ganomaly"
+    trees = {
+        path.name: ast.dump(ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("*.py"))
+        if path.stem not in NOT_COMPUTING
+    }
+    return {name: hashlib.sha256(tree.encode()).hexdigest()[:8] for name, tree in trees.items()}
+
+
+def changed_code(before: dict | None) -> str:
+    """The modules that are not those of `before`, as text; empty where all are."""
+    before, today = before or {}, code()
+    return ", ".join(n for n in {**before, **today} if before.get(n) != today.get(n))
 
 
 @functools.cache

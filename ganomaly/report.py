@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -20,6 +21,7 @@ from ganomaly import charts
 from ganomaly.experiment import runs_of
 
 ERRORS = 6  # images of each kind
+PIPE = "\\|"  # as a table in Markdown writes a pipe
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--dim:#666;--line:#ccc;--paper:#fff;
 --good:#2b6cb0;--bad:#c2410c}
@@ -54,12 +56,20 @@ def page(folder: Path, explain: Callable) -> str:
     missing: dict[str, None] = {}  # sentences
     found = runs_of(folder, lambda error: missing.setdefault(f"{error}."))
     runs = {run: metrics for run, metrics, _ in found if metrics["auroc"] is not None}
-    text = (folder / "results.md").read_text(encoding="utf-8") if runs else ""
+    # The runs of make ablate are one folder deeper; its table is here
+    deeper = sorted({run.parents[2].name for run in folder.glob("*/*/seed*/metrics.json")})
+    table = folder / "results.md"
+    text = table.read_text(encoding="utf-8") if table.is_file() and (runs or deeper) else ""
+    if deeper and text:
+        names = ", ".join(deeper)
+        missing[f"The runs: make report takes each part too, this name and /<part>: {names}."] = (
+            None
+        )
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1">',
         f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
-        from_markdown(text) if runs else f"<h1>{escape(folder.name)}</h1><p>No evaluated runs.",
+        from_markdown(text) if text else f"<h1>{escape(folder.name)}</h1><p>No evaluated runs.",
     ]
     origins = [m["provenance"] for m in runs.values()]
     origins = {tuple(str(origin.get(key)) for key in ("command", "commit")) for origin in origins}
@@ -166,9 +176,12 @@ def from_markdown(text: str) -> str:
         if block.startswith("# "):
             out.append(f"<h1>{escape(lines[0][2:])}</h1>")
         elif block.startswith("|"):
-            rows = [escape(x.strip("| ").replace("\\|", "&#124;"), False).replace("&amp;#", "&#")
-                    .split(" | ") for x in lines if not x.startswith("|---")]  # fmt: skip
-            cells = ["".join(f"<td>{cell.strip()}" for cell in row) for row in rows]
+            rows = [x[1:-1] for x in lines if not x.startswith("|---")]
+            split = [re.split(r"(?<!\\)\|", row) for row in rows]  # not at an escaped pipe
+            cells = [
+                "".join(f"<td>{escape(cell.strip().replace(PIPE, '|'), False)}" for cell in row)
+                for row in split
+            ]
             head = cells[0].replace("<td>", "<th>")
             out.append(
                 f"<div class=wide><table><tr>{head}<tr>{'<tr>'.join(cells[1:])}</table></div>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from typing import NamedTuple
 
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.published import PUBLISHED
@@ -19,9 +20,17 @@ ALWAYS = FIGURES[:11]  # of a run that was evaluated
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
 METRICS = (*SOURCE, *FIGURES, *COUNTS, *TIMES)  # the keys of metrics.json
-ORACLE = "auroc_best_checkpoint"  # of results.md only
+ORACLE, REFERENCE = "auroc_best_checkpoint", "auroc_reference"  # of results.md only
 LOOK_IMAGES = 1000  # images of a kind that a look at a checkpoint scores
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
+
+
+class Reference(NamedTuple):
+    """A committed table, to compare with."""
+
+    name: str  # of its experiment
+    auroc: dict[tuple[str, int], float]  # by category and seed
+    differences: list[str]  # of its config
 
 
 def flat(metrics: dict) -> dict:
@@ -37,26 +46,31 @@ def score_columns(rows: list[dict]) -> list[str]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean per seed over the evaluated categories, with and without screw.
 
-    Named Mean only over a data set's whole list of categories, else `Mean of k`.
+    `Mean` is over a data set's whole list of categories. Where some of them are missing, or others
+    stand beside them, `Mean of k` is over all.
     """
     rows = [row for row in rows if row["auroc"] is not None]
     means = []
     for seed in sorted({row["seed"] for row in rows}):
         of_seed = [row for row in rows if row["seed"] == seed]
-        names = {row["category"] for row in of_seed}
-        whole = names == set(CLASSES.get(of_seed[0]["dataset"], MVTEC))
-        means.append(mean_row("Mean" if whole else f"Mean of {len(names)}", of_seed))
-        rest = [row for row in of_seed if row["category"] != "screw"]
-        if rest and len(rest) < len(of_seed):
-            name = "Mean without screw" if whole else f"Mean of {len(rest)} without screw"
-            means.append(mean_row(name, rest))
+        known = CLASSES.get(of_seed[0]["dataset"], MVTEC)
+        whole = [row for row in of_seed if row["category"] in known]
+        groups = {"Mean": whole} if len(whole) == len(known) else {}
+        if not groups or len(of_seed) > len(whole):
+            groups[f"Mean of {len(of_seed)}"] = of_seed
+        for name, group in groups.items():
+            means.append(mean_row(name, group))
+            rest = [row for row in group if row["category"] != "screw"]
+            if rest and len(rest) < len(group):
+                kind = "Mean" if name == "Mean" else f"Mean of {len(rest)}"
+                means.append(mean_row(f"{kind} without screw", rest))
     return means
 
 
 def mean_row(name: str, rows: list[dict]) -> dict:
     keys = [
         key
-        for key in (*FIGURES, ORACLE, *score_columns(rows))
+        for key in (*FIGURES, ORACLE, REFERENCE, *score_columns(rows))
         if all(row.get(key) is not None for row in rows)
     ]
     means = {key: statistics.fmean(row[key] for row in rows) for key in keys}
@@ -83,13 +97,21 @@ def csv_text(header: list[str], rows: list[list]) -> str:
     return text.getvalue()
 
 
-def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | None = None) -> str:
+def results_md(
+    name: str, runs: list[dict], alike: bool = True, best: dict | None = None,
+    reference: Reference | None = None,
+) -> str:  # fmt: skip
     """The table for people: mean +- standard deviation over seeds, published figures beside.
 
     Runs that are not alike, of several configs, stand in a row each. best: (category, seed) -> the
-    AUROC of a run's best checkpoint.
+    AUROC of a run's best checkpoint. reference: a committed table, whose AUROC of the same category
+    and seed stands beside ours.
     """
-    rows = [{**flat(run), ORACLE: (best or {}).get((run["category"], run["seed"]))} for run in runs]
+    rows = []
+    for run in runs:
+        key = run["category"], run["seed"]
+        both = {ORACLE: (best or {}).get(key), REFERENCE: reference and reference.auroc.get(key)}
+        rows.append({**flat(run), **both})
     evaluated = [row for row in rows if row["auroc"] is not None]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     lines = [f"# {name}", ""]
@@ -110,6 +132,7 @@ def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | Non
     published = {title: figures for title, figures in published.items() if names & figures.keys()}
     columns = {
         "AUROC": "auroc",
+        "reference": REFERENCE,
         "F1": "f1",
         "F1-max (oracle)": "f1_max",
         "F1, all called defective": "f1_trivial",
@@ -129,6 +152,7 @@ def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | Non
         "two oracles, which cannot be had without labels, are the best F1 over all thresholds and "
         f"the best AUROC over a run's checkpoints, seen on up to {LOOK_IMAGES:,} images of a kind.",
         "",
+        *reference_lines(reference, columns),
         *table({**columns, **{key: None for key in published}}, shown, published),
         "",
         "AUROC of every score of the same networks:",
@@ -137,6 +161,18 @@ def results_md(name: str, runs: list[dict], alike: bool = True, best: dict | Non
         "",
     ]
     return "\n".join(lines)
+
+
+def reference_lines(reference: Reference | None, columns: dict) -> list[str]:
+    """What the column `reference` is, where there is one."""
+    if reference is None or REFERENCE not in columns.values():
+        return []
+    other = ", ".join(reference.differences)
+    return [
+        f"reference: the AUROC of the same category and seed in experiments/{reference.name}"
+        + (f", made with another config: {other}." if other else "."),
+        "",
+    ]
 
 
 def table(columns: dict, rows: list[dict], published: dict) -> list[str]:

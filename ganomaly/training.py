@@ -21,7 +21,7 @@ from ganomaly import losses, replay
 from ganomaly.batches import Batches, fitted_scale, to_device, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
-from ganomaly.errors import UserError, lost_device, out_of_memory
+from ganomaly.errors import UserError, flag, lost_device, out_of_memory, reason_of
 from ganomaly.networks import build, initialise
 
 TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
@@ -85,10 +85,12 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     # Go on from a checkpoint, exactly
     if (state := run.load()) is not None:
         if state["images"] != fingerprint:
-            raise UserError("the training images changed since the checkpoint; --force starts anew")
+            raise UserError(
+                f"the training images changed since the checkpoint; {flag('--force')} starts anew"
+            )
         try:
             if state["device"] != device.type:
-                raise ValueError
+                raise ValueError(f"made on {state['device']}, asked for on {device.type}")
             for name, part in parts.items():
                 if state[name]:  # empty: a scaler that was not needed
                     part.load_state_dict(state[name])
@@ -97,7 +99,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             if out_of_memory(error) or lost_device(error):
                 raise
             raise UserError(
-                "the checkpoint is of other code or another kind of device; --force starts anew"
+                "the checkpoint is of other code or another kind of device; "
+                f"{flag('--force')} starts anew{reason_of(error)}"
             ) from None
         step, seconds = state["step"], state["seconds"]
         run.skip(step)

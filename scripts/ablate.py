@@ -16,6 +16,7 @@ from ganomaly.cli import (
     add_run_flags,
     asked_categories,
     experiment_folder,
+    recipe_name,
     recipe_values,
 )
 from ganomaly.config import Config, resolve
@@ -40,18 +41,19 @@ ABLATIONS = [
 def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
-    parser.add_argument("--experiment", default="ablations", metavar="NAME", help="[ablations]")
+    parser.add_argument("--experiment", metavar="NAME", help="[local/ablations-<recipe>]")
     add_list_flags(parser)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
     add_run_flags(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
+    name = args.experiment or f"local/ablations-{recipe_name(args)}"
     recipe = resolve({**recipe_values(parser, args), "category": None})
-    names = [name for name, _ in ABLATIONS]
+    names = [ablation for ablation, _ in ABLATIONS]
     if unknown := set(args.only or ()) - set(names):
         raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
-    folder = experiment_folder(args, args.experiment)
+    folder = experiment_folder(args, name)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 
@@ -66,31 +68,33 @@ def main(argv=None) -> int:
     chosen = {name: config for name, config in chosen.items() if name in (args.only or names)}
     if same := [n for n, config in chosen.items() if config == recipe and n != "base"]:
         print(f"note: the recipe is without these as it is: {', '.join(same)}", file=sys.stderr)
-    jobs = {
-        f"{name}, {category} seed {seed}": (
-            config.replace(category=category, seed=seed),
-            folder / slug(name),
-        )
-        for seed in args.seeds or [recipe.seed]
-        for name, config in chosen.items()
-        for category in categories
-        if name not in same
-    }
+    jobs = {}
+    for seed in args.seeds or [recipe.seed]:
+        for name, config in chosen.items():
+            for category in categories if name not in same else []:
+                one = config.replace(category=category, seed=seed)
+                label = f"{name}, {data.category_name(one, args.data_root)} seed {seed}"
+                jobs[label] = one, folder / slug(name)
+    setting = pipeline.Setting(args.data_root, device, args.force, args.download)
     if args.dry_run:
-        return pipeline.plan_all(jobs, args.data_root, device)
+        return pipeline.plan_all(jobs, setting)
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
-        raise UserError(f"{data.told(missing, categories)}: {next(iter(missing.values()))}")
+        message = data.missing_message(missing, categories)
+        raise UserError(f"{message}: {next(iter(missing.values()))}")
 
-    def tell(metrics: dict) -> str:
+    def line_of(metrics: dict) -> str:
         with experiment.rewriting(folder):
             write_tables(folder)
         if metrics["auroc"] is None:
             raise UserError("no test/, so nothing can be compared")
         return f"AUROC {metrics['auroc']:.4f}"
 
-    failed = pipeline.run_all(jobs, args.data_root, device, tell, download=args.download)
-    if (folder / "results.md").is_file():
-        print((folder / "results.md").read_text(encoding="utf-8"))
+    finished, failed = pipeline.run_all(jobs, setting, line_of)
+    if finished:
+        categories = {metrics["category"] for metrics in finished.values()}
+        seeds = {metrics["seed"] for metrics in finished.values()}
+        print(markdown(*read_runs(folder, [*chosen], categories, seeds)))
+        print(f"written {folder / 'results.md'}")
     return 1 if failed else 0
 
 
@@ -103,21 +107,32 @@ def changed(recipe: Config, changes: dict) -> Config:
     return recipe.replace(**values)
 
 
-def write_tables(folder: Path) -> None:
-    """results.csv and results.md, from the metrics of all runs that are there."""
+def read_runs(folder: Path, names=None, categories=None, seeds=None) -> tuple[dict, list[str]]:
+    """(ablation, category, seed) -> metrics of the runs that are there, and their scores' names.
+
+    All of them, or those of some ablations, categories and seeds.
+    """
     from ganomaly.experiment import runs_of
-    from ganomaly.files import write_atomic
-    from ganomaly.results import csv_text
 
     def refused(error):
         print(f"warning: not in the table: {error}", file=sys.stderr)
 
-    runs = {}  # (ablation, category, seed) -> metrics
-    for name, _ in ABLATIONS:
+    runs = {}
+    for name in names or [name for name, _ in ABLATIONS]:
         for _, metrics, _ in runs_of(folder / slug(name), refused):
-            if metrics["auroc"] is not None:
-                runs[name, metrics["category"], metrics["seed"]] = metrics
-    scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+            category, seed = metrics["category"], metrics["seed"]
+            asked = category in (categories or [category]) and seed in (seeds or [seed])
+            if asked and metrics["auroc"] is not None:
+                runs[name, category, seed] = metrics
+    return runs, list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+
+
+def write_tables(folder: Path) -> None:
+    """results.csv and results.md, from the metrics of all runs that are there."""
+    from ganomaly.files import write_atomic
+    from ganomaly.results import csv_text
+
+    runs, scores = read_runs(folder)
     rows = []
     for (name, category, seed), m in runs.items():
         base = runs.get(("base", category, seed))

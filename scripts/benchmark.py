@@ -1,7 +1,8 @@
 """Train and evaluate one recipe over many categories and seeds; write one table.
 
-Flags change the recipe. Finished runs are left alone, unfinished ones go on, those that fail are
-told at the end (exit code 1). Any number of these processes share the work, over hosts too.
+Flags change the recipe. Beside each AUROC stands that of the recipe's committed table. Finished
+runs are left alone, unfinished ones go on, those that fail are listed at the end (exit code 1).
+Any number of these processes share the work, over hosts too.
 """
 
 import os
@@ -17,25 +18,28 @@ from ganomaly.cli import (
     add_run_flags,
     asked_categories,
     experiment_folder,
+    note_unused_root,
+    recipe_name,
     recipe_values,
 )
 from ganomaly.config import resolve
-from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
+from ganomaly.errors import UserError, exit_code, flag, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--recipe", default="paper", metavar="NAME", help="experiment [paper]")
-    parser.add_argument("--experiment", metavar="NAME", help="folder to write to [the recipe's]")
+    parser.add_argument("--experiment", metavar="NAME", help="to write to [local/<recipe>]")
     add_list_flags(parser)
     parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
-    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     add_run_flags(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
+    recipe = recipe_name(args)
     base = resolve({**recipe_values(parser, args), "category": None})
-    folder = experiment_folder(args, args.experiment or args.recipe)
+    folder = experiment_folder(args, args.experiment or f"local/{recipe}")
+    note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
         raise UserError("--force: each worker would train what another has just finished; one does")
 
@@ -49,32 +53,37 @@ def main(argv=None) -> int:
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and not args.skip_missing:
         raise UserError(
-            f"{data.told(missing, categories)}; --skip-missing does the others. "
+            f"{data.missing_message(missing, categories)}; "
+            f"{flag('--skip-missing')} does the others. "
             f"The first: {next(iter(missing.values()))}"
         )
     categories = [name for name in categories if name not in missing]
-    jobs = {
-        f"{category} seed {seed}": (base.replace(category=category, seed=seed), folder)
+    configs = [
+        base.replace(category=category, seed=seed)
         for seed in args.seeds or [base.seed]
         for category in categories
-    }
-    if not jobs:
+    ]
+    if not configs:
         raise UserError(f"nothing left to do, all is missing: {next(iter(missing.values()))}")
+    jobs = {
+        f"{data.category_name(config, args.data_root)} seed {config.seed}": (config, folder)
+        for config in configs
+    }
     device = use_device(args.device, args.deterministic)
-    experiment.check_recipe(folder, pipeline.with_precision(base, device))
-
+    setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
+    forced = pipeline.forced_by(jobs, setting)
+    experiment.check_recipe(folder, pipeline.with_precision(base, device), forced)
     if args.dry_run:
         print(pipeline.with_precision(base, device).to_json() + "would:")
-        return pipeline.plan_all(jobs, args.data_root, device, args.force)
+        return pipeline.plan_all(jobs, setting)
 
-    failed = pipeline.run_all(
-        jobs, args.data_root, device, line_of, force=args.force, download=args.download
-    )
+    finished, failed = pipeline.run_all(jobs, setting, line_of)
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
-    # Of a launcher's processes one tells the end; none gets here before all is done
-    if (table := folder / "results.md").is_file() and os.environ.get("RANK", "0") == "0":
-        print(table.read_text(encoding="utf-8"))
+    # Of a launcher's processes one prints the table; none gets here before all is done
+    if finished and os.environ.get("RANK", "0") == "0":
+        keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
+        print(experiment.markdown(folder, experiment.read_table(folder, keys), recipe))
         pipeline.write_report(folder, folder / "report.html", args.data_root, device)
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0

@@ -167,7 +167,6 @@ def judged(detector, items: list[Item], heatmaps: Path | None):
     import torch
     from tqdm import tqdm
 
-    from ganomaly.detector import BATCH
     from ganomaly.images import decode
 
     config = detector.config
@@ -176,7 +175,7 @@ def judged(detector, items: list[Item], heatmaps: Path | None):
     bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
     for number, (item, pixels) in enumerate(bar, 1):
         batch.append((item, pixels))
-        if len(batch) < BATCH and number < len(items):
+        if len(batch) < detector.batch and number < len(items):
             continue
         readable = [(item, pixels) for item, pixels in batch if not isinstance(pixels, str)]
         if readable:

@@ -20,7 +20,7 @@ def main(argv=None) -> int:
     add_place_flags(parser)
     args = parser.parse_args(argv)
     folder = experiment_folder(args, args.experiment)
-    if not list(folder.glob("*/seed*/metrics.json")):
+    if not [*folder.glob("*/seed*/metrics.json"), *folder.glob("*/*/seed*/metrics.json")]:
         raise UserError(f"{folder}: no finished run there to report on")
     with leaving_at_once():
         from ganomaly import pipeline

@@ -10,37 +10,46 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, add_run_flags, experiment_folder
+from ganomaly.cli import (
+    Parser,
+    add_place_flags,
+    add_run_flags,
+    experiment_folder,
+    note_unused_root,
+    recipe_values,
+)
 from ganomaly.config import resolve
-from ganomaly.errors import guard, leaving_at_once
+from ganomaly.errors import flag, guard, leaving_at_once
 
 
 def main(argv=None) -> int:
     parser = Parser(__doc__)
+    parser.add_argument("--recipe", metavar="NAME", help="of experiments/ [the defaults below]")
     parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
-    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     add_run_flags(parser)
     add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
-    config = resolve(parser.given(args))
+    config = resolve(recipe_values(parser, args))
     folder = experiment_folder(args, args.experiment)
+    note_unused_root(config, args)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import experiment, pipeline, results
         from ganomaly.device import use_device
 
     device = use_device(args.device, args.deterministic)
+    setting = pipeline.Setting(args.data_root, device, args.force, args.download)
     if args.dry_run:
         print(pipeline.with_precision(config, device).to_json() + "would: ", end="")
-        print(pipeline.plan(config, folder, args.data_root, device, args.force))
+        print(pipeline.plan(config, folder, setting))
         return 0
-    metrics, trained = pipeline.run_one(
-        config, folder, args.data_root, device, force=args.force, download=args.download
-    )
+    metrics, outcome = pipeline.run_one(config, folder, setting)
     experiment.write_results(folder)
-    if not trained:
-        print("trained already; --force trains it anew")
+    if outcome == pipeline.BEFORE:
+        print(f"trained already; {flag('--force')} trains it anew")
+    elif outcome == pipeline.AGAIN:
+        print("trained already; its test images changed, so it was evaluated again")
     print(results.summary(metrics, config.quantile))
     print(f"  written   {folder / metrics['category'] / f'seed{config.seed}'}")
     return 0

@@ -1,17 +1,22 @@
 """Drawn images in MVTec's layout, and the scripts' main() called in process."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch and BLAS when they are imported
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ganomaly import cli  # noqa: E402
 from ganomaly.errors import guard  # noqa: E402
 
 # The smallest run that still passes every stage
@@ -61,6 +66,15 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
+def committed(folder: str) -> list[Path]:
+    """The files that git keeps of a folder: tests read those, never what a user has run."""
+    words = ["git", "ls-files", "-z", folder]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not in a clone: which files git keeps is not known")
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
+
+
 def load_script(name: str):
     """scripts/<name>.py as a module of its own."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
@@ -70,8 +84,12 @@ def load_script(name: str):
 
 
 @pytest.fixture
-def script(capsys):
-    """script("train", "--steps", "5") -> (exit code, standard output, standard error)."""
+def script(capsys, monkeypatch, tmp_path):
+    """script("train", "--steps", "5") -> (exit code, standard output, standard error).
+
+    No script sees or writes the user's own experiments.
+    """
+    monkeypatch.setattr(cli, "EXPERIMENTS", tmp_path / "experiments")
 
     def call(name: str, *words) -> tuple[int, str, str]:
         module = load_script(name)

@@ -30,7 +30,8 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     draw_category(root / "images" / "parts")
     config = Config(dataset="folder", category="parts", **TINY)
-    pipeline.run_one(config, root / "local", root / "images", use_device("cpu"))
+    setting = pipeline.Setting(root / "images", use_device("cpu"))
+    pipeline.run_one(config, root / "local", setting)
     return root
 
 

@@ -5,10 +5,19 @@ import pytest
 
 from ganomaly import config as configuration
 from ganomaly.cli import Parser
-from ganomaly.config import DATASET_DEFAULTS, FIELDS, SCORES, Config, from_json, resolve
+from ganomaly.config import (
+    DATASET_DEFAULTS,
+    FIELDS,
+    SCORES,
+    Config,
+    checked,
+    from_json,
+    knob,
+    resolve,
+)
 from ganomaly.errors import UserError
 
-from .conftest import CHANGES, ROOT
+from .conftest import CHANGES, ROOT, committed
 
 
 def parsed(*words: str) -> Config:
@@ -28,15 +37,13 @@ def test_the_paper_recipe_is_the_defaults_with_its_precision_fixed():
 
 
 def test_every_committed_recipe_and_run_config_is_complete_and_loads():
-    found = sorted((ROOT / "experiments").glob("**/config.json"))
-    ignored = {"local", "check"}
-    found = [path for path in found if not ignored & set(path.relative_to(ROOT).parts)]
+    found = [path for path in committed("experiments") if path.name == "config.json"]
     assert found
     paper = json.loads((ROOT / "experiments/paper/config.json").read_text())
     for path in found:
         # Every knob that there was; one that came later has its default there
         written = json.loads(path.read_text())
-        assert written.keys() == paper.keys(), path
+        assert written.keys() == paper.keys() <= FIELDS.keys(), path
         assert written.items() <= vars(configuration.load(path)).items()
 
 
@@ -67,6 +74,12 @@ def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
     config = parsed("--config", str(path), "--dataset", "mnist", "--category", "3")
     assert (config.image_size, config.channels, config.steps) == (32, 1, 11_800)
     assert config.lr == 1e-3 and config.category == "3"
+    # What the file's dataset changed of the defaults is taken back
+    digits = str(ROOT / "experiments/digits/config.json")
+    config = parsed("--config", digits, "--dataset", "folder", "--width", "8")
+    for name in DATASET_DEFAULTS["digits"].keys() - {"category", "width"}:
+        assert getattr(config, name) == FIELDS[name].default, name
+    assert (config.width, config.category) == (8, None)
     assert parsed("--config", str(path), "--dataset", "mvtec").image_size == 64
 
 
@@ -127,6 +140,31 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
     text = str(error.value)
     assert text.startswith("saved.json: ") and name in text and allowed in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [([], False), (["--switch"], True), (["--switch", "true"], True), (["--switch=False"], False)],
+)
+def test_a_knob_may_be_a_bool(monkeypatch, words, expected):
+    field = dataclasses.make_dataclass("Knobs", [("switch", "bool", knob(False, "a switch"))])
+    monkeypatch.setitem(FIELDS, "switch", field.__dataclass_fields__["switch"])
+    parser = Parser("test")
+    parser.add_config_flags()
+    given = parser.given(parser.parse_args(words)).get("switch", False)
+    assert checked(FIELDS["switch"], given) is expected
+    with pytest.raises(UserError, match="switch: 'maybe' is not true or false; allowed: true, fa"):
+        checked(FIELDS["switch"], parser.given(parser.parse_args(["--switch=maybe"]))["switch"])
+    with pytest.raises(UserError, match="switch: 1 is not true or false"):
+        checked(FIELDS["switch"], 1)
+
+
+def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
+    ours, theirs = (Config(dataset=name, category="bottle") for name in ("mvtec", "folder"))
+    assert configuration.differences(ours, theirs) == []
+    assert configuration.differences(ours, theirs.replace(dataset="mnist")) == [
+        "dataset (mnist there, mvtec asked)"
+    ]
 
 
 def test_weights_that_train_nothing_are_refused():

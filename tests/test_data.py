@@ -1,4 +1,5 @@
 import os
+import shutil
 import struct
 import warnings
 
@@ -25,7 +26,7 @@ def folder(category="parts", **values) -> Config:
 # Files
 
 
-@pytest.mark.parametrize("suffix", sorted(images.SUFFIXES) + [s.upper() for s in images.SUFFIXES])
+@pytest.mark.parametrize("suffix", sorted({*images.SUFFIXES, *map(str.upper, images.SUFFIXES)}))
 @pytest.mark.parametrize("channels", (1, 3))
 def test_every_suffix_is_read(tmp_path, suffix, channels):
     path = tmp_path / f"image{suffix}"
@@ -164,14 +165,28 @@ def test_photographs_of_other_kinds_are_told(tmp_path, capsys):
     assert "3 .heic; convert" in capsys.readouterr().err
 
 
-def test_a_file_listing_tells_folders_of_one_name_apart(tmp_path):
+def test_images_are_known_by_their_content(tmp_path):
     hashes = []
     for seed in (0, 0, 1):
         root = draw_category(tmp_path / f"{len(hashes)}" / "parts", seed=seed)
-        hashes.append(data.train_files(folder(), root.parent))
-    assert hashes[0] == hashes[1] != hashes[2]
-    assert data.train_files(folder(), tmp_path / "nowhere") is None
-    assert data.train_files(resolve({}), None) is None
+        hashes.append(data.image_hashes(folder(), root.parent))
+    assert hashes[0] == hashes[1]
+    assert all(hashes[0][part] != hashes[2][part] for part in ("train_images", "test_images"))
+    with pytest.raises(UserError, match="no folder"):
+        data.image_hashes(folder(), tmp_path / "nowhere")
+    assert data.image_hashes(resolve({}), None) == {}
+    # Uncompressed images have one size, whatever is on them
+    good = tmp_path / "0/parts/train/good"
+    for level in (60, 200):
+        Image.new("L", (40, 40), level).save(good / "000.bmp")
+        hashes.append(data.image_hashes(folder(), tmp_path / "0"))
+    assert hashes[3]["train_images"] != hashes[4]["train_images"]
+    assert hashes[3]["test_images"] == hashes[4]["test_images"] == hashes[0]["test_images"]
+    # A mask belongs to the test images
+    draw_mask(tmp_path / "0/parts", "000_mask.png", slice(0, 2))
+    masked = data.image_hashes(folder(), tmp_path / "0")
+    assert masked["train_images"] == hashes[4]["train_images"]
+    assert masked["test_images"] != hashes[4]["test_images"]
 
 
 def test_other_files_are_ignored(tmp_path):
@@ -227,9 +242,32 @@ def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     with pytest.raises(UserError, match="did you mean 'bottle'"):
         data.load(resolve({"category": "botle"}), tmp_path)
     for dataset, category in (("mnist", "3"), ("cifar10", "cat")):
-        with pytest.raises(UserError, match="--download fetches it"):
+        with pytest.raises(UserError, match="--download .*fetches it"):
             data.load(resolve({"dataset": dataset, "category": category}), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_advice_names_what_is_there(tmp_path, parts):
+    draw_category(tmp_path / "set" / "bottle")
+    for config, root, advice in (
+        # The category itself as the root, where its parent is meant, or no category
+        (resolve({"category": "bottle"}), tmp_path / "set/bottle", f"--data-root {tmp_path}/set$"),
+        (resolve({"category": "screw"}), tmp_path / "set/bottle", "without --category takes it"),
+        # The parent of the categories, and no category
+        (folder(None), tmp_path / "set", "there: bottle; choose one with --category .CATEGORY=."),
+        (folder("screw"), tmp_path / "set", "categories there: bottle; put images"),
+        (resolve({"category": "screw"}), tmp_path / "set", "there: bottle; .*make download DATA_R"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            data.load(config, root)
+    # A folder of folders of photographs has no train/good at all
+    shutil.copytree(tmp_path / "set/bottle/train/good", tmp_path / "photographs" / "caps")
+    with pytest.raises(UserError, match="categories there: caps; choose one"):
+        data.load(folder(None), tmp_path / "photographs")
+    assert data.categories_of(folder(None), tmp_path / "photographs") == ["caps"]
+    assert data.categories_of(folder(None), tmp_path / "photographs" / "caps") == [None]
+    assert data.categories_of(folder(None), tmp_path / "set" / "bottle") == [None]
+    assert data.categories_of(folder(None), tmp_path / "set") == ["bottle"]
 
 
 def test_a_category_that_a_dataset_lacks_is_refused(tmp_path):
@@ -447,6 +485,9 @@ def test_the_scale_lets_normal_images_fill_the_range(kind):
     outside = (x.abs() > 1.05).float().mean()
     assert x.abs().max() > 0.95 and outside < 0.001
     assert fitted_scale(pixels // 2) == pytest.approx(fitted_scale(pixels), rel=0.05)
+    # Of large images some pixels, by which the scale is the same
+    large = pixels[:, :, :, None, :, None].expand(-1, -1, -1, 4, -1, 4).reshape(50, 3, 128, 128)
+    assert fitted_scale(large) == pytest.approx(fitted_scale(pixels), rel=0.02)
 
 
 def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
@@ -456,7 +497,7 @@ def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
     config = folder(None)
     category = data.load(config, tmp_path / "parts")
     assert (category.name, len(category.train), len(category.calibration)) == ("parts", 14, 10)
-    assert len(category.test) == 0 and data.train_files(config, tmp_path / "parts")
+    assert len(category.test) == 0 and data.image_hashes(config, tmp_path / "parts")
     named = data.load(config.replace(category="parts"), tmp_path)
     assert torch.equal(named.train, category.train)
     # A test/ beside them is evaluated, and train/good goes before what lies beside it

@@ -18,7 +18,7 @@ from ganomaly.evaluation import samples_of
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.provenance import command
 from ganomaly.published import PUBLISHED
-from ganomaly.results import FIGURES, results_csv, results_md, summary
+from ganomaly.results import FIGURES, Reference, results_csv, results_md, summary
 
 
 def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dict:
@@ -60,6 +60,46 @@ def test_a_mean_over_fewer_is_named_so_and_stands_beside_no_published_mean():
     assert names == ["bottle", "screw", "Mean of 2", "Mean of 1 without screw"]
     assert "0.421" not in results_md("x", runs) and "0.251" in results_md("x", runs)
     assert "0.421" in results_md("x", [run_metrics(name) for name in MVTEC])
+
+
+def test_a_mean_of_the_fifteen_stands_whatever_else_is_there():
+    runs = [run_metrics(name, auroc=0.5) for name in MVTEC]
+    runs.append(run_metrics("magnetic_tile", auroc=0.9, dataset="folder"))
+    rows = {row["category"]: float(row["auroc"]) for row in rows_of(runs)[16:]}
+    names = ["Mean", "Mean without screw", "Mean of 16", "Mean of 15 without screw"]
+    assert list(rows) == names and rows["Mean"] == 0.5 and rows["Mean of 16"] == 0.525
+
+
+def test_the_committed_table_stands_beside_by_category_and_seed():
+    figures = {("bottle", 1): 0.7, ("bottle", 2): 0.8, ("bottle", 3): 0.9, ("cable", 1): 0.4}
+    reference = Reference("paper", figures, [])
+    runs = [run_metrics(c, seed) for seed in (1, 2) for c in ("bottle", "cable", "pill")]
+    text = results_md("x", runs, reference=reference)
+    titles, _, *rows = [x.split(" | ") for x in text.splitlines() if x.startswith("|")][:6]
+    beside = {row[0]: row[titles.index("reference")] for row in rows}
+    assert beside["| bottle"] == "0.750 ± 0.071" and beside["| cable"] == "0.400"
+    assert beside["| pill"] == beside["| Mean of 3"] == ""
+    assert "in experiments/paper.\n" in text
+    other = results_md(
+        "x", runs, reference=reference._replace(differences=["lr (1 there, 2 asked)"])
+    )
+    assert "in experiments/paper, made with another config: lr (1 there, 2 asked).\n" in other
+    assert "reference" not in results_md("x", [run_metrics("pill")], reference=reference)
+
+
+def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
+    ours = load(ROOT / "experiments/paper/config.json")
+    for name, recipe in (("local/paper", None), ("mine", "paper")):
+        folder = tmp_path / name
+        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7))
+        found = experiment.reference_of(folder, recipe)
+        assert found.name == "paper" and found.differences == ["steps (3000 there, 7 asked)"]
+        with open(ROOT / "experiments/paper/results.csv") as file:
+            row = next(csv.DictReader(file))
+        assert found.auroc[row["category"], int(row["seed"])] == float(row["auroc"])
+    assert experiment.reference_of(tmp_path / "mine") is None
+    assert experiment.reference_of(ROOT / "experiments/paper") is None
+    assert experiment.reference_of(tmp_path / "no-such/paper") is None
 
 
 def test_mean_rows_of_each_seed_and_of_other_data_sets():
@@ -184,6 +224,15 @@ def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
     experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="folder"))
     with pytest.raises(UserError, match="dataset"):
         experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="cifar10"))
+    # Where every run is trained anew the experiment takes another recipe, else it does not
+    runs = [tmp_path / "mine" / name / "seed7" for name in ("bottle", "screw")]
+    for run in runs:
+        write_atomic(run / "config.json", config.to_json())
+    experiment.check_recipe(tmp_path / "mine", other, set(runs))
+    with pytest.raises(UserError, match="another recipe of 1 more runs, screw seed7 for one"):
+        experiment.check_recipe(tmp_path / "mine", other, set(runs[:1]))
+    experiment.write_recipe(tmp_path / "mine", other, set(runs))
+    assert load(tmp_path / "mine/config.json").steps == 20
 
 
 EDITED = [
@@ -318,7 +367,9 @@ def test_the_readme_says_what_the_committed_tables_say():
     )
     oracle = means[names.index("AUROC of the best checkpoint (oracle)")]
     assert f"would have made {oracle.replace('0.', '.')}" in readme
-    scores = [f"auroc_{name}" for name in SCORES]
+    with open(ROOT / "experiments/calibrated/results.csv", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+    scores = [f"auroc_{name}" for name in SCORES if f"auroc_{name}" in columns]
     best = max(statistics.fmean(values("calibrated", "solar_cells", score)) for score in scores)
     assert f"passes {short(best)}" in readme
     # Ablations: the difference to the base, or from it

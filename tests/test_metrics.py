@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ganomaly.metrics import brightness, controls, evaluate, f1_max
+from ganomaly.metrics import Histogram, auroc, brightness, controls, evaluate, f1_max
 
 
 def drawn(seed: int, n: int = 60, levels: int = 7):
@@ -42,6 +42,27 @@ def test_f1_max_is_the_best_over_all_thresholds(seed):
     cuts = [sk.f1_score(labels, scores >= cut) for cut in np.unique(scores)]
     assert f1_max(labels, scores) == pytest.approx(max(cuts))
     assert f1_max(labels, scores) >= evaluate(labels, scores, 0.5)["f1_trivial"] - 1e-12
+
+
+@pytest.mark.parametrize("kind", ("apart", "level", "tiny", "far from zero", "ties", "infinite"))
+def test_a_histogram_has_the_auroc_of_its_values(kind):
+    rng = np.random.default_rng(0)
+    labels = rng.random(50_000) < 0.03
+    values = rng.standard_normal(50_000).astype(np.float32)
+    if kind != "level":
+        values += labels
+    scale, offset = {"tiny": (1e-30, 0), "far from zero": (1, -300)}.get(kind, (1, 0))
+    values = values * np.float32(scale) + np.float32(offset)
+    if kind == "ties":
+        values = values.round()
+    if kind == "infinite":
+        values[:9], values[9:20] = np.inf, -0.0
+    histogram = Histogram()
+    for part in np.array_split(np.arange(50_000), 7):
+        histogram.add(labels[part], values[part])
+    expected = auroc(labels, np.nan_to_num(values))
+    assert histogram.auroc() == pytest.approx(expected, abs=1e-4)
+    assert histogram.counts.nbytes == 2**26
 
 
 def test_an_image_at_the_threshold_is_called_normal():

@@ -40,13 +40,14 @@ class Page(HTMLParser):
 def experiment(tmp_path_factory):
     """Two seeds of one category whose name would break a careless page."""
     root = tmp_path_factory.mktemp("report")
-    name = "a<b>&'\"c|d"
+    name = "a<b>&'\"c|d&#60;&amp;#62;"
     draw_category(root / "images" / name, n_good=8, n_bad=8)
     values = {**TINY, "steps": 120, "checkpoint_every": 40}
     device = use_device("cpu")
     for seed in (42, 43):
         config = Config(dataset="folder", category=name, seed=seed, **values)
-        pipeline.run_one(config, root / "runs" / "mine", root / "images", device)
+        setting = pipeline.Setting(root / "images", device)
+        pipeline.run_one(config, root / "runs" / "mine", setting)
     return root, name
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import os
 import subprocess
@@ -57,15 +58,26 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
     pixels = images(23, 3)
     whole = detector.scores(pixels)
     for size in (1, 5, 23):
-        monkeypatch.setattr(detectors, "BATCH", size)
+        monkeypatch.setattr(detectors, "PASS_IMAGES", size)
         assert close(whole, detector.scores(pixels))
-    monkeypatch.setattr(detectors, "BATCH", 8)
+    monkeypatch.setattr(detectors, "PASS_IMAGES", 8)
     turned = detector.scores(pixels.flip(0))
     assert close(whole, {name: values.flip(0) for name, values in turned.items()})
     black = torch.zeros_like(pixels)
     black[4] = pixels[4]
     among_black = detector.scores(black)
     assert close({n: v[4] for n, v in whole.items()}, {n: v[4] for n, v in among_black.items()})
+
+
+def test_a_pass_holds_as_many_images_as_its_pixels_allow(detector, monkeypatch):
+    sizes = {32: 64, 64: 64, 128: 64, 256: 16, 512: 4, 1024: 1}
+    for size, expected in sizes.items():
+        large = dataclasses.replace(detector, config=SMALL.replace(image_size=size))
+        assert large.batch == expected
+    seen = []
+    monkeypatch.setattr(detectors, "PASS_PIXELS", 5 * 32 * 32)
+    detector.each(images(12), lambda o: seen.append(len(o.x)))
+    assert seen == [5, 5, 2]
 
 
 @pytest.mark.parametrize(

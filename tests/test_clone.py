@@ -1,0 +1,245 @@
+"""A stranger with a pristine clone: the commands of the READMEs, and their recipes for changes."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from ganomaly import pipeline
+from ganomaly.config import Config
+from ganomaly.data import MVTEC
+
+from .conftest import ROOT, TINY, TINY_FLAGS, draw_category
+
+pytestmark = pytest.mark.slow
+GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+TRAINS = ("train", "benchmark", "ablate")
+# What a test cannot run: make has to accept the words at least
+NOT_RUN = ("download", "speed", "board", "test", "torture", "help")
+
+
+def git(*words, cwd) -> str:
+    return subprocess.run(
+        [*GIT, *words], cwd=cwd, capture_output=True, check=True, text=True
+    ).stdout
+
+
+def cloned(folder: Path) -> Path:
+    """A clone of the repository with what is not committed yet, as one more commit."""
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not in a clone, so nothing to clone")
+    git("clone", "-q", ROOT, folder, cwd=ROOT)
+    changed = git("diff", "--name-only", "HEAD", "-z", cwd=ROOT)
+    new = git("ls-files", "--others", "--exclude-standard", "-z", cwd=ROOT)
+    for name in filter(None, (changed + new).split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        else:
+            (folder / name).unlink()
+    git("add", "-A", cwd=folder)
+    git("commit", "-q", "--allow-empty", "-m", "as in the working tree", cwd=folder)
+    return folder
+
+
+def make(clone: Path, words: list[str], timeout=300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", f"PYTHON={sys.executable}", *words], cwd=clone, capture_output=True, text=True,
+        timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def edit(path: Path, *pairs: tuple[str, str]) -> None:
+    """Put the second text of each pair in the place of the first, which is there once."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in pairs:
+        assert text.count(old) == 1, (path, old)
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def fifteen(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for i, name in enumerate(MVTEC):
+        draw_category(root / name, n_train=20, n_good=2, n_bad=2, seed=i)
+    return root
+
+
+def commands() -> list[str]:
+    """Every make command of the two READMEs, once."""
+    found = []
+    for page in ("README.md", "experiments/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        text = re.sub(r"<[^<>]*>", "FOLDER", text)
+        found += re.findall(r"^    (make [^#\n]*)", text, re.M)
+        found += re.findall(r"`(make [^`]*)`", text)
+    return list(dict.fromkeys(" ".join(command.split()) for command in found))
+
+
+def runnable(command: str, fifteen: Path) -> list[str]:
+    """The words of a command, with drawn images for its folder, as a dry run where it trains."""
+    target, *words = shlex.split(command)[1:]
+    given = dict(word.split("=", 1) for word in words)
+    if target in TRAINS:
+        given["ARGS"] = f"{given.get('ARGS', '')} --dry-run".strip()
+        given.pop("WORKERS", None)  # a launcher's start takes longer than all others together
+        elsewhere = {"mnist", "cifar10", "digits"} & {given.get("DATASET"), given.get("RECIPE")}
+        digits = target == "train" and "CATEGORY" not in given
+        if not elsewhere and not digits and given.get("CATEGORY") != "parts":
+            given["DATA_ROOT"] = str(fifteen)
+        if "solar_cells" in given.get("CATEGORIES", ""):
+            given["CATEGORIES"] = "bottle screw"  # the drawn ones have MVTec AD's names
+    return [target, *(f"{name}={value}" for name, value in given.items())]
+
+
+def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path):
+    clone = cloned(tmp_path / "clone")
+    draw_category(clone / "data" / "parts")  # git ignores data/
+    draw_category(clone / "data" / "mvtec" / "bottle", n_train=20)
+    shutil.copytree(clone / "data/parts/test/good", clone / "data/new")
+    found = commands()
+    assert len(found) > 20 and {c.split()[1] for c in found} >= {*TRAINS, "predict", "report"}
+    rest, dry = [], []
+    for command in found:
+        target, *words = shlex.split(command)[1:]
+        if target in NOT_RUN or (not words and target not in TRAINS):
+            done = make(clone, ["-n", *shlex.split(command)[1:]])
+            assert done.returncode == 0, (command, done.stderr)
+        else:
+            (dry if target in TRAINS else rest).append(runnable(command, fifteen))
+    dry = [list(words) for words in dict.fromkeys(map(tuple, dry))]
+    with ThreadPoolExecutor(2) as pool:
+        for words, done in zip(dry, pool.map(lambda words: make(clone, words), dry)):
+            assert done.returncode == 0, (words, done.stderr)
+            assert "would" in done.stdout or "train" in done.stdout
+    # What the others take: finished runs
+    for name, category, root in (
+        ("local", "parts", "data"),
+        ("local", "bottle", "data/mvtec"),
+        ("ours", "bottle", "data/mvtec"),
+    ):
+        config = Config(dataset="folder", category=category, **TINY)
+        setting = pipeline.Setting(clone / root, torch.device("cpu"))
+        pipeline.run_one(config, clone / "experiments" / name, setting)
+    with ThreadPoolExecutor(2) as pool:
+        for words, done in zip(rest, pool.map(lambda words: make(clone, words), rest)):
+            assert done.returncode == 0, (words, done.stderr)
+    assert git("status", "--porcelain", cwd=clone) == ""
+
+
+def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_path):
+    clone = cloned(tmp_path / "clone")
+    small = f"ARGS={shlex.join(flag for flag in TINY_FLAGS if '--amp' not in flag)}"
+    where = [f"DATA_ROOT={fifteen}", small]
+    ablations = ["ablate", "CATEGORIES=bottle", "SEEDS=42 43", *where]
+    bench, train = ["benchmark", *where], ["train", "CATEGORY=bottle", *where]
+    local = clone / "experiments" / "local"
+    with ThreadPoolExecutor(2) as pool:
+        for time in ("first", "second"):
+            done = list(pool.map(lambda words: make(clone, words), (bench, ablations, train)))
+            assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
+            table, ablated, trained = (one.stdout for one in done)
+            rows = [line.split(" | ")[0][2:] for line in table.splitlines() if line[:2] == "| "]
+            assert rows[:18] == ["category", *MVTEC, "Mean", "Mean without screw"]
+            header = next(line for line in table.splitlines() if line.startswith("| category"))
+            for column in ("reference", "anomalib README", "arXiv 2108.12159", "DRAEM"):
+                assert column in header
+            bottle = next(x for x in table.splitlines() if x.startswith("| bottle")).split(" | ")
+            committed = (clone / "experiments/paper/bottle/seed42/metrics.json").read_text()
+            auroc = float(re.search(r'"auroc": ([\d.]+)', committed)[1])
+            assert bottle[header.split(" | ").index("reference")] == f"{auroc:.3f}"
+            assert "made with another config: image_size (64 there, 32 asked)" in table
+            mean = next(x for x in table.splitlines() if x.startswith("| Mean |"))
+            assert "| 0.421 |" in mean
+            assert "| no encoder loss |" in ablated and "seeds 42, 43" in ablated
+            assert "bottle seed 42: " in trained
+            again = "all 15 runs were done before" in table, "trained already" in trained
+            assert again == ((time == "second"),) * 2
+            assert git("status", "--porcelain", cwd=clone) == ""
+    assert len(list(local.glob("paper/*/seed42/model.pt"))) == 15
+    assert len(list(local.glob("ablations-calibrated/*/bottle/seed4?/model.pt"))) == 22
+    # The user's table is what was asked for, whatever else is in the folder
+    some = make(clone, ["benchmark", "CATEGORIES=tile wood", *where])
+    rows = [line.split(" | ")[0][2:] for line in some.stdout.splitlines() if line[:2] == "| "]
+    assert rows[:4] == ["category", "tile", "wood", "Mean of 2"]
+    # Edited code is seen by a finished run, and by an unfinished one
+    losses = clone / "ganomaly" / "losses.py"
+    losses.write_text(losses.read_text() + "\n\n# A remark changes no number\n")
+    assert "trained already" in make(clone, train).stdout
+    edit(losses, ("return F.l1_loss(", "return 2 * F.l1_loss("))
+    done = make(clone, train)
+    assert done.returncode == 2 and "other code (losses.py changed since)" in done.stderr
+    assert "ARGS=--force" in done.stderr and "AUROC" not in done.stdout
+    (local / "bottle/seed42/metrics.json").unlink()
+    done = make(clone, train)
+    assert done.returncode == 2 and "last.pt is of other code (losses.py" in done.stderr
+    train[-1] += " --force"
+    assert make(clone, train).returncode == 0
+
+
+def apply_recipes(clone: Path) -> None:
+    """What README's section on ablations tells: a loss, a score, an ablation, a bool knob."""
+    loss = '''def edges(x: Tensor, x_hat: Tensor) -> Tensor:
+    """L_edge = mean |dx - dx_hat|"""
+    return contextual(x.diff(dim=3), x_hat.diff(dim=3))
+
+
+def discriminator('''
+    edit(clone / "ganomaly/losses.py", ("def discriminator(", loss))
+    edit(
+        clone / "ganomaly/training.py",
+        ('"generator", "comparator")', '"generator", "comparator", "edges")'),
+        ("        optimizer_g.zero_grad()", "        edges = losses.edges(x, x_hat)\n"
+         "        loss_g = loss_g + config.w_edges * edges\n        optimizer_g.zero_grad()"),
+        ("encoder, loss_g, loss_c])", "encoder, loss_g, loss_c, edges])"),
+        ("contextual(x, x_hat)", "contextual(x, -x_hat if config.inverted else x_hat)"),
+    )  # fmt: skip
+    knobs = """    w_edges: float = knob(0.0, "weight of the loss of edges", low=0)
+    inverted: bool = knob(False, "reconstruct the negative")
+    amp: str"""
+    names = ('"latent_l1", ', '"latent_l1", "rim", ')
+    edit(clone / "ganomaly/config.py", ("    amp: str", knobs), names)
+    values = ('"threads": 2,', '"threads": 2, "w_edges": 9.0, "inverted": True,')
+    edit(clone / "tests/conftest.py", values)
+    line = '    "rim": lambda o: (o.x - o.x_hat)[..., 0].abs().mean((1, 2)),\n'
+    before = '    "contextual": lambda'
+    edit(clone / "ganomaly/scoring.py", (before, line + before))
+    line, before = '    ("slow", dict(lr=1e-5)),\n', '    ("float32",'
+    edit(clone / "scripts/ablate.py", (before, line + before))
+
+
+def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fifteen, tmp_path):
+    clone = cloned(tmp_path / "clone")
+    apply_recipes(clone)
+    words = [f"DATA_ROOT={fifteen}", f"ARGS={' '.join(TINY_FLAGS)} --w-edges 3 --inverted"]
+    runs = (["train", "CATEGORY=bottle"], ["benchmark", "CATEGORIES=bottle", "EXPERIMENT=edges"])
+    for run in runs:
+        done = make(clone, [*run, *words])
+        assert done.returncode == 0, done.stderr
+    assert "slow" in make(clone, ["ablate", "CATEGORIES=bottle", *words, "DEVICE=cpu"]).stdout
+    # The tests that read what was changed; of the others none can tell
+    modules = "config experiment losses networks scoring training scripts clone".split()
+    files = [f"tests/test_{name}.py" for name in modules]
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *files]
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_make_refuses_a_variable_that_it_does_not_know():
+    for words, name in (
+        (["train", "category=bottle"], "category"),
+        (["train", "CATEGORIES=bottle screw"], "CATEGORIES"),
+        (["evaluate", "RECIPE=paper"], "RECIPE"),
+        (["test", "EXPERIMENT=x"], "EXPERIMENT"),
+    ):
+        done = make(ROOT, ["-n", *words])
+        assert done.returncode == 2 and f"does not know {name}=" in done.stderr
+    assert make(ROOT, ["-n", "train", "CATEGORY=bottle", "RECIPE=paper"]).returncode == 0
