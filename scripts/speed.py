@@ -49,7 +49,6 @@ SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size of trainin
 ON_A_GPU = [(256, 64)]  # too
 WARM_UP = {"cpu": 2, "cuda": 6}  # steps that choose kernels; on a GPU the graph is recorded, too
 N_IMAGES = 1000  # of a training, and to predict
-PLACES = {"train/good": 60, "test/good": 20, "test/bad": 20}  # images of a benchmark's category
 
 
 def main(argv=None) -> int:
@@ -212,7 +211,8 @@ def benchmark(args, table: dict) -> list[dict]:
     """benchmark.py over 15 drawn categories of 60 images, 32 px, 100 steps each: seconds, over
     those of its training steps."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (place, n) in itertools.product(ORDER, PLACES.items()):
+        places = {"train/good": 60, "test/good": 20, "test/bad": 20}
+        for name, (place, n) in itertools.product(ORDER, places.items()):
             draw(Path(scratch) / "images" / name / place, n, 256, "png")
         words = ["--data-root", f"{scratch}/images", "--experiments-dir", scratch]
         words += ["--steps", "100", "--image-size", "32"]
@@ -325,7 +325,7 @@ def process(words: list[str]) -> dict:
     begun, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT)
-        # Asked for while it runs: what the system tells at the end includes the process that forked
+        # Read while it runs: what the system reports at the end may include our own memory
         while child.poll() is None:
             with contextlib.suppress(OSError, IndexError):  # no /proc, or it has just ended
                 status = Path(f"/proc/{child.pid}/status").read_text()
