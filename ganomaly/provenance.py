@@ -19,7 +19,7 @@ from ganomaly.config import ROOT, Config
 # Modules that change no number of a run. Every other one of ganomaly/ computes; config.py is here
 # because a run's values are in its config.json.
 NOT_COMPUTING = (
-    "__init__", "charts", "cli", "config", "curves", "errors", "experiment", "files", "measure",
+    "__init__", "charts", "cli", "config", "curves", "errors", "experiment", "files",
     "pictures", "pipeline", "provenance", "published", "report", "results",
 )  # fmt: skip
 

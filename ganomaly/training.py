@@ -1,7 +1,6 @@
 """train(): the alternating updates of GANomaly as one linear function.
 
-Knows nothing of folders: `run` takes log records and checkpoints, and shows progress. The comments
-above its paragraphs are the rows of `make speed`'s profile.
+Knows nothing of folders: `run` takes log records and checkpoints, and shows progress.
 """
 
 from __future__ import annotations

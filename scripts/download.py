@@ -1,18 +1,16 @@
-"""Fetch MVTec AD, verify it and unpack it into --data-root; nothing is done where it is complete.
+"""Fetch MVTec AD and unpack it into --data-root; nothing is done where all of it is there.
 
-A download that broke off goes on where it stopped. --url takes a mirror or a local file; whatever
-the source, the bytes have to be the authors'.
+A download that broke off goes on where it stopped. --url takes a mirror or a local file, with the
+authors' bytes.
 """
 
 import hashlib
-import http.client
 import shutil
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,10 +21,10 @@ URL = (
     "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/"
     "download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
 )
+SIZE = 5_264_982_680  # bytes of the archive; its files take about as much again
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-GB = 1e9
-PAUSE = 2  # seconds before a broken connection is tried again
-UNPACKED = 1.1  # of the archive's size: PNG files hardly pack
+LICENCE = "MVTec AD (Bergmann et al., CVPR 2019), licence CC BY-NC-SA 4.0: not for commercial use"
+HINT = "URL= takes a mirror or a local file"
 
 
 def main(argv=None) -> int:
@@ -34,7 +32,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="[data/mvtec]")
     parser.add_argument("--url", default=URL, metavar="URL", help="a mirror or a local file")
     args = parser.parse_args(argv)
-    from ganomaly.data import MVTEC, data_root_of
+    from ganomaly.data import MVTEC, data_root_of  # imported late: --help does not wait for torch
     from ganomaly.files import locked
 
     root = data_root_of("mvtec", args.data_root)
@@ -42,147 +40,87 @@ def main(argv=None) -> int:
     if not missing:
         print(f"{root}: all {len(MVTEC)} categories are there, nothing to do")
         return 0
-    if others := [str(root / name) for name in missing if (root / name).exists()]:
-        raise UserError(
-            f"{', '.join(others)}: there, but without train/good; move it out of the way"
-        )
-    print(
-        "MVTec AD (Bergmann et al., CVPR 2019): 4.9 GB to download, 5 GB unpacked; licence "
-        "CC BY-NC-SA 4.0, not for commercial use",
-        file=sys.stderr,
-    )
+    if broken := ", ".join(str(root / name) for name in missing if (root / name).exists()):
+        raise UserError(f"{broken}: there, but without train/good; move it out of the way")
     if not hasattr(tarfile, "data_filter"):
         raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
+    print(f"{LICENCE}; 4.9 GB to download, 5 GB unpacked", file=sys.stderr)
     with locked(root, tidy=True):
-        return add(root, missing, args.url)
-
-
-def add(root: Path, missing: list[str], url: str) -> int:
-    local = Path(url.removeprefix("file://"))
-    if "://" not in url or url.startswith("file://"):
-        if not local.is_file():
-            raise UserError(f"--url {url}: no such file")
-        verify(local, keep=True)
-        unpack(local, root, missing)
-    else:
+        local = not args.url.startswith(("http://", "https://"))
         archive = root / ".mvtec_anomaly_detection.tar.xz"
-        if not archive.is_file():
-            part = archive.with_name(archive.name + ".part")
-            fetch(url, part)
-            verify(part, keep=False)
-            part.rename(archive)  # verified: a killed unpacking needs no second download
+        if local and not (archive := Path(args.url.removeprefix("file://"))).is_file():
+            raise UserError(f"--url {args.url}: no such file; {HINT}")
+        if (free := shutil.disk_usage(root).free) < (needed := 2.1 * SIZE - size_of(archive)):
+            raise UserError(
+                f"{root}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+                "make room, or name another folder with DATA_ROOT="
+            )
+        if not local:
+            download(args.url, archive)
+        verify(archive, keep=local)
         unpack(archive, root, missing)
-        archive.unlink()
+        if not local:
+            archive.unlink()  # only now: after a killed unpacking it is not fetched again
     print(f"{root}: {len(missing)} categories added")
     return 0
 
 
-def fetch(url: str, part: Path) -> None:
-    """Download url into the file `part`, going on behind what it holds, as often as it helps."""
-    while True:
-        have = part.stat().st_size if part.is_file() else 0
+def download(url: str, archive: Path) -> None:
+    """Append what the archive lacks, in as many connections as bring more of it."""
+    while (size := size_of(archive)) < SIZE:
+        reason = "the connection broke off"
         try:
-            total = fetch_rest(url, part, have)
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # nothing behind what we have: the checksum will tell
-                return
-            raise UserError(f"{url}: {error.code} {error.reason}; URL= takes a mirror") from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.filename == str(part):
-                raise  # the disk's fault
-            total, reason = None, getattr(error, "reason", None) or error
-        else:
-            reason = "the connection broke off"
-        got = part.stat().st_size if part.is_file() else 0
-        if total is not None and got >= total:
-            return
-        if got <= have:
-            raise UserError(
-                f"{url}: {reason} at {got / GB:.2f} GB; the same command goes on from there, "
-                "URL= takes a mirror or a local file"
-            )
-        time.sleep(PAUSE)
-
-
-def fetch_rest(url: str, part: Path, have: int) -> int:
-    """One connection; returns the size that the whole file should have."""
-    from tqdm import tqdm
-
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206:  # the server sends all of it
-            have = 0
-        rest = getattr(answer, "length", None)
-        if rest is None:
-            raise ValueError("the server does not say how long the file is")
-        check_disk(part.parent, rest + UNPACKED * (have + rest))
-        bar = tqdm(
-            total=have + rest, initial=have, desc="download", unit="B", unit_scale=True,
-            disable=None,
-        )  # fmt: skip
-        with bar, open(part, "r+b" if have else "wb") as file:
-            file.seek(have)
-            while block := answer.read(1 << 20):
-                try:
-                    file.write(block)
-                except OSError as error:
-                    error.filename = str(part)
-                    raise
-                bar.update(len(block))
-    return have + rest
-
-
-def check_disk(folder: Path, needed: float) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: {needed / GB:.1f} GB are needed, {free / GB:.1f} GB are free; "
-            "make room, or name another folder with DATA_ROOT="
-        )
+            request = Request(url, headers={"Range": f"bytes={size}-"})
+            with urlopen(request, timeout=60) as answer:
+                start = size if answer.status == 206 else 0  # else the server sends all of it
+                if int(answer.headers.get("Content-Length", 0)) != SIZE - start:
+                    raise UserError(f"{url}: not MVTec AD's archive of {SIZE:,} bytes; {HINT}")
+                with open(archive, "ab" if start else "wb") as file:
+                    with progress(answer, "download", start) as reader:
+                        shutil.copyfileobj(reader, file, 1 << 20)
+        except (OSError, ValueError, HTTPException) as error:
+            reason = error
+        if size_of(archive) <= size:
+            raise UserError(f"{url}: {reason}; the same command goes on from there; {HINT}")
 
 
 def verify(archive: Path, keep: bool) -> None:
-    """UserError where the bytes are not the authors'; ours are then removed."""
-    from tqdm import tqdm
-
     digest = hashlib.sha256()
-    size = archive.stat().st_size
-    with open(archive, "rb") as file, tqdm(
-        total=size, desc="checksum", unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:  # fmt: skip
-        while block := file.read(1 << 22):
+    with open(archive, "rb") as file, progress(file, "checksum") as reader:
+        while block := reader.read(1 << 22):
             digest.update(block)
-            bar.update(len(block))
     if digest.hexdigest() != SHA256:
         if not keep:
             archive.unlink()
-        raise UserError(
-            f"{archive}: sha256 {digest.hexdigest()}, but MVTec AD's archive has {SHA256}; "
-            + ("name another file" if keep else "removed, try again or take another URL=")
-        )
+        raise UserError(f"{archive}: its sha256 is not {SHA256}, that of MVTec AD; {HINT}")
 
 
 def unpack(archive: Path, root: Path, missing: list[str]) -> None:
     """Move the missing categories of the archive into root, each whole or not at all."""
+    hidden = root / ".unpacking"
+    shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
+    try:
+        with open(archive, "rb") as file, progress(file, "unpack") as reader:
+            with tarfile.open(fileobj=reader, mode="r:xz") as tar:
+                tar.extractall(hidden, filter="data")  # refuses what leads out of the folder
+        if lacking := [name for name in missing if not (hidden / name / "train/good").is_dir()]:
+            raise UserError(f"{archive}: has no {', '.join(lacking)}; {HINT}")
+        for name in missing:
+            (hidden / name).rename(root / name)
+    except tarfile.TarError as error:
+        raise UserError(f"{archive}: cannot be unpacked: {error}; {HINT}") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def progress(file, title: str, start: int = 0):
     from tqdm import tqdm
 
-    check_disk(root, UNPACKED * archive.stat().st_size)
-    aside = root / ".unpacking"
-    shutil.rmtree(aside, ignore_errors=True)  # of a killed process
-    try:
-        with tarfile.open(archive) as tar, tqdm(desc="unpack", unit="file", disable=None) as bar:
-            for member in tar:
-                tar.extract(member, aside, filter="data")  # refuses what leads out of the folder
-                bar.update()
-        found = {name: p for name in missing for p in aside.glob(f"**/{name}/train/good")}
-        if lacking := [name for name in missing if name not in found]:
-            raise UserError(f"{archive}: has no {', '.join(lacking)}; is it MVTec AD?")
-        for name, good in found.items():
-            good.parent.parent.rename(root / name)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return tqdm.wrapattr(file, "read", SIZE, desc=title, initial=start, disable=None)
 
 
 if __name__ == "__main__":

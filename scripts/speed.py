@@ -1,41 +1,54 @@
-"""How fast this machine trains and scores, beside what it could do by count; 10 minutes.
+"""How fast this machine trains and scores, beside what it could do by count.
 
 Where a range stands beside a figure, that is the median of --repeats. A --peer is a command that
 trains something of the same size and prints a JSON line with images_per_second_without_validation
-or images_per_second: it runs in alternation with our training; {image_size} and {batch_size} in it
-are filled in. Nothing else should run meanwhile.
+or images_per_second: it runs in turn with our training; {image_size} and {batch_size} in it are
+filled in. Nothing else should run meanwhile.
 """
 
 import contextlib
-import functools
+import copy
+import itertools
 import json
 import os
+import runpy
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_place_flags, experiment_folder
-from ganomaly.config import ROOT, resolve
 from ganomaly.errors import UserError, guard, leaving_at_once
-from ganomaly.published import ORDER
 
-SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size, beside the peers
+with leaving_at_once():
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ganomaly import config as configuration
+    from ganomaly.batches import Batches
+    from ganomaly.config import ROOT, Config, resolve
+    from ganomaly.detector import Detector
+    from ganomaly.device import use_device, use_threads
+    from ganomaly.files import write_atomic, write_torch
+    from ganomaly.images import read_images
+    from ganomaly.networks import build, initialise
+    from ganomaly.provenance import provenance
+    from ganomaly.published import ORDER
+    from ganomaly.training import AMP, resolve_amp, train
+
+SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size of trainings
 ON_A_GPU = [(256, 64)]  # too
-GROWTH = {  # one factor at a time around the paper recipe; 256 px at width 16
-    "image_size": [32, 64, 128, 256],
-    "width": [16, 32, 64, 128],
-    "batch_size": [1, 4, 16, 64, 256],
-    "images": [100, 1000, 10_000, 100_000],
-}
-DEFAULT = {"image_size": 64, "width": 64, "batch_size": 16, "images": 1000}
-RECIPES = ("paper", "calibrated")
-PEAKS = ("peak_MB", "peak_GPU_MB")  # the second on a GPU only
+WARM_UP = {"cpu": 2, "cuda": 6}  # steps that choose kernels; on a GPU the graph is recorded, too
+N_IMAGES = 1000  # of a training, and to predict
 
 
 def main(argv=None) -> int:
@@ -50,33 +63,34 @@ def main(argv=None) -> int:
         help="of a training [all cores]; scoring has the recipes' one",
     )  # fmt: skip
     parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
-    parser.add_argument("--job", help="internal: one measurement, in this process")
+    parser.add_argument(
+        "--profile", action="store_true",
+        help="only profile some training steps: writes trace.json, for ui.perfetto.dev",
+    )  # fmt: skip
+    parser.add_argument("--job", nargs=2, help="internal: one measurement, in this process")
     add_place_flags(parser)
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats: {args.repeats} is not allowed; allowed: at least 1")
+    if args.repeats < 1 or args.threads < 1:
+        raise UserError("--repeats, --threads: at least 1")
     if unknown := set(args.only or ()) - set(PARTS):
         raise UserError(f"--only {unknown.pop()!r}: no such part; there: {parts}")
-    with leaving_at_once():
-        from ganomaly import measure
-        from ganomaly.device import use_device
-        from ganomaly.files import write_atomic
-        from ganomaly.provenance import provenance
-
-    device = use_device(args.device)
-    args.device = str(device)  # auto is decided once
+    args.device = use_device(args.device)
+    folder = experiment_folder(args, args.experiment)
     if args.job:
-        given = json.loads(args.job)
-        print(json.dumps(getattr(measure, given.pop("job"))(device=device, **given)))
+        name, arguments = args.job
+        print(json.dumps(JOBS[name](args.device, *json.loads(arguments))))
+        return 0
+    if args.profile:
+        print(profile(args, folder))
         return 0
     # A part takes the place of the one that is there: each can be measured again by itself
-    path = experiment_folder(args, args.experiment) / "speed.json"
+    path = folder / "speed.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in args.only or PARTS:
         begun = time.perf_counter()
         rows = PARTS[part](args, table)
-        threads = args.threads if part in ("roof", "training", "growth", "profile") else 1
-        origin = provenance(device, resolve({"dataset": "folder", "threads": threads}))
+        threads = args.threads if part in ("roof", "training") else 1
+        origin = provenance(args.device, resolve({"dataset": "folder", "threads": threads}))
         table[part] = {"provenance": origin, "rows": rows}
         write_atomic(path, json.dumps(table, indent=2) + "\n")
         print(f"{part}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
@@ -86,109 +100,99 @@ def main(argv=None) -> int:
     return 0
 
 
-# What is measured: the docstrings are the table's captions
+# The parts: their docstrings are the table's captions
 
 
 def roof(args, table: dict) -> list[dict]:
     """The roof: billions of multiply-adds a second in products of large matrices, in float32 and in
     training's precision, and gigabytes a second from memory."""
-    rows = []
-    for n in dict.fromkeys([1, args.threads]):
-        found = job(args, "roof", threads=n)
-        rows.append({"threads": n, **{key: found[key] for key in ("float32", "amp", "GB")}})
+    rows, device = [], args.device
+    side = 8192 if device.type == "cuda" else 2048  # takes far longer than to start and to wait
+    for threads in dict.fromkeys([1, args.threads]):
+        use_threads(threads)
+        row = {"threads": threads}
+        for name, dtype in (("float32", None), ("amp", AMP[resolve_amp("auto", device)])):
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            row[name] = side**3 / min(times_of(lambda a=a, b=b: a @ b, device)) / 1e9
+        a, b = torch.randn(4 * side, 4 * side, device=device), torch.randn(4 * side, device=device)
+        row["GB"] = a.nbytes / min(times_of(lambda a=a, b=b: a @ b, device)) / 1e9
+        rows.append(row)
     return rows
 
 
 def training(args, table: dict) -> list[dict]:
     """Training at width 64, the paper recipe's networks, beside the peers: images a second,
     billions of multiply-adds an image, their share of the roof, peak memory."""
-    rows, top = [], roof_of(table, args.threads, "amp")
-    # Beside peers each figure is of a process of its own, in turn with theirs
-    turns, windows = (args.repeats, 1) if args.peer else (1, args.repeats)
-    for image_size, batch_size in SHAPES + ON_A_GPU * args.device.startswith("cuda"):
+    rows, top = [], from_roof(table, args.threads, "amp")
+    for image_size, batch_size in SHAPES + ON_A_GPU * (args.device.type == "cuda"):
         shape = {"image_size": image_size, "batch_size": batch_size}
-        commands = {}
-        for peer in args.peer:
-            for key, value in shape.items():
-                peer = peer.replace(f"{{{key}}}", str(value))
-            commands[peer] = []
-        ours = []
-        for _ in range(turns):
-            ours.append(train_job(args, args.seconds, windows, **shape))
-            for command, runs in commands.items():
+        ours, theirs = [], {}
+        for command in args.peer:
+            command = command.replace("{image_size}", str(image_size))
+            theirs[command.replace("{batch_size}", str(batch_size))] = []
+        for _ in range(args.repeats):  # in turn, so that all see the same machine
+            ours.append(job(args, "time_steps", args.seconds, {**shape, "threads": args.threads}))
+            for command, runs in theirs.items():
                 runs.append(process(shlex.split(command)))
-        speed = [x for run in ours for x in run["images_per_second"]]
-        count = multiply_adds(image_size=image_size)
+        speed, count = [run["images_per_second"] for run in ours], multiply_adds(image_size)
         row = {**shape, "who": "ganomaly", "images_per_second": speed, "G_multiply_adds": count}
         row["of_the_roof"] = statistics.median(speed) * count / top
-        rows.append({**row, **{key: of(ours, key) for key in PEAKS if key in ours[0]}})
-        for command, runs in commands.items():
+        peaks = [key for key in ("peak_MB", "peak_GPU_MB") if key in ours[0]]
+        rows.append({**row, **{key: [run[key] for run in ours] for key in peaks}})
+        for command, runs in theirs.items():
             best = "images_per_second_without_validation"
-            theirs = [run.get(best) or run.get("images_per_second") for run in runs]
-            if None in theirs:
+            row = {**shape, "who": " ".join(Path(word).name for word in shlex.split(command))}
+            row["images_per_second"] = [r.get(best) or r.get("images_per_second") for r in runs]
+            if None in row["images_per_second"]:
                 raise UserError(f"--peer {command}: printed no JSON line with images_per_second")
-            times = statistics.median(speed) / statistics.median(theirs)
-            who = " ".join(Path(word).name for word in shlex.split(command))
-            row = {**shape, "who": who, "images_per_second": theirs, "we_are_faster": times}
-            rows.append({**row, "peak_MB": of(runs, "peak_MB")})
+            times = statistics.median(speed) / statistics.median(row["images_per_second"])
+            rows.append({**row, "we_are_faster": times, "peak_MB": [r["peak_MB"] for r in runs]})
     return rows
-
-
-def growth(args, table: dict) -> list[dict]:
-    """One factor at a time around 64 px, width 64, batch 16, 1,000 images; 256 px at width 16."""
-    rows, runs = [], {}
-    for factor, values in GROWTH.items():
-        for value in values:
-            slim = {"width": 16} if (factor, value) == ("image_size", 256) else {}
-            changes = {} if DEFAULT[factor] == value else {**slim, factor: value}
-            if (key := json.dumps(changes)) not in runs:
-                runs[key] = train_job(args, args.seconds / 2, windows=1, **changes)
-            run = runs[key]
-            (speed,) = run["images_per_second"]
-            told = {key: run[key] for key in PEAKS if key in run}
-            told |= {"images_per_second": speed, "ms_an_image": 1000 / speed}
-            shape = {} if factor in ("batch_size", "images") else changes
-            count = multiply_adds(**shape)
-            rows.append({"factor": factor, "value": value, "G_multiply_adds": count, **told})
-    return rows
-
-
-def profile(args, table: dict) -> list[dict]:
-    """Where a run's time goes: milliseconds a training step by the paragraphs of training.py, logs
-    and checkpoints at the recipe's intervals, on a GPU without the graph; decoding and scoring
-    milliseconds an image."""
-    found = {name: job(args, "profile", name=name, threads=args.threads) for name in RECIPES}
-    phases = dict.fromkeys(phase for spent in found.values() for phase in spent)
-    return [
-        {"phase": phase, **{name: spent.get(phase) for name, spent in found.items()}}
-        for phase in phases
-        if phase not in ("peak_MB", "wall_seconds")
-    ]
 
 
 def scoring(args, table: dict) -> list[dict]:
     """One image, all scores, batch 1, one thread: milliseconds. The floor is the larger of
     multiply-adds over float32's roof and weights over memory's."""
-    rows, flops, memory = [], roof_of(table, 1, "float32"), roof_of(table, 1, "GB")
-    for name in RECIPES:
-        found = job(args, "scoring", name=name, seconds=args.seconds, windows=args.repeats)
-        count, weights = found["G_multiply_adds"], found["weights_GB"]
-        floor = 1000 * max(count / flops, weights / memory)
-        row = {"recipe": name, "median": found["median"], "p99": found["p99"], "floor": floor}
-        rows.append({**row, "median_over_floor": statistics.median(row["median"]) / floor})
+    rows, flops, memory = [], from_roof(table, 1, "float32"), from_roof(table, 1, "GB")
+    for name in ("paper", "calibrated"):
+        detector = untrained(name, args.device)
+        image = noise(detector.config, 1)
+        use_threads(detector.config.threads)
+        times = [
+            times_of(lambda d=detector, x=image: d.scores(x), args.device, args.seconds)
+            for _ in range(args.repeats)
+        ]
+        counted = copy.copy(detector)
+        counted.fast = detector.networks  # the counter does not know packed layers
+        with FlopCounterMode(display=False) as counter:
+            counted.scores(image)
+        weights = sum(p.nbytes for net in detector.networks.values() for p in net.parameters())
+        floor = max(counter.get_total_flops() / 2e6 / flops, weights / 1e6 / memory)
+        median, p99 = ([1000 * float(np.quantile(t, q)) for t in times] for q in (0.5, 0.99))
+        row = {"recipe": name, "median": median, "p99": p99, "floor": floor}
+        rows.append({**row, "median_over_floor": statistics.median(median) / floor})
     return rows
 
 
-def predict(args, table: dict, n: int = 1000, side: int = 900) -> list[dict]:
+def predict(args, table: dict) -> list[dict]:
     """predict.py on a folder of JPEG photographs, the whole process, beside decoding and scoring of
     the same alone: seconds."""
+    detector = untrained("calibrated", args.device)
+    c, n, side = detector.config, N_IMAGES, 900
+    use_threads(c.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        alone = job(args, "decode_and_score", folder=scratch, n=n, side=side)
-        model, images, output = (f"{scratch}/{x}" for x in ("model.pt", "images", "scores.csv"))
+        images, model, output = (f"{scratch}/{x}" for x in ("images", "model.pt", "scores.csv"))
+        draw(Path(images), n, side, "jpg")
+        write_torch(Path(model), detector.state())
+        begun = time.perf_counter()
+        pixels = read_images(sorted(Path(images).iterdir()), c.image_size, c.channels)
+        decoded = time.perf_counter()
+        detector.scores(pixels)
+        row = {"decode": decoded - begun, "score": time.perf_counter() - decoded}
         run = script(args, "predict", "--model", model, "--images", images, "--output", output)
-    decode, score, whole = alone["decode"], alone["score"], run["wall_seconds"]
-    row = {"images": n, "px": side, "decode": decode, "score": score, "predict": whole}
-    return [{**row, "sum_over_predict": (decode + score) / whole, "peak_MB": run["peak_MB"]}]
+    share = sum(row.values()) / run["wall_seconds"]
+    row = {"images": n, "px": side, **row, "predict": run["wall_seconds"]}
+    return [{**row, "sum_over_predict": share, "peak_MB": run["peak_MB"]}]
 
 
 def start(args, table: dict) -> list[dict]:
@@ -206,50 +210,114 @@ def start(args, table: dict) -> list[dict]:
 def benchmark(args, table: dict) -> list[dict]:
     """benchmark.py over 15 drawn categories of 60 images, 32 px, 100 steps each: seconds, over
     those of its training steps."""
-    from ganomaly.measure import draw_category
-
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ORDER:
-            draw_category(Path(scratch) / "images" / name, 60, 20)
+        places = {"train/good": 60, "test/good": 20, "test/bad": 20}
+        for name, (place, n) in itertools.product(ORDER, places.items()):
+            draw(Path(scratch) / "images" / name / place, n, 256, "png")
         words = ["--data-root", f"{scratch}/images", "--experiments-dir", scratch]
         words += ["--steps", "100", "--image-size", "32"]
         whole = script(args, "benchmark", *words)["wall_seconds"]
         runs = [json.loads(path.read_text()) for path in Path(scratch).rglob("metrics.json")]
-    steps = sum(of(runs, "train_seconds"))
+    steps = sum(run["train_seconds"] for run in runs)
     row = {"categories": len(runs), "training_seconds": steps, "benchmark_seconds": whole}
-    row["images_per_second"] = of(runs, "images_per_second")
+    row["images_per_second"] = [run["images_per_second"] for run in runs]
     return [{**row, "benchmark_over_training": whole / steps}]
 
 
-PARTS = {
-    function.__name__: function
-    for function in (roof, training, growth, profile, scoring, predict, start, benchmark)
-}
+PARTS = {part.__name__: part for part in (roof, training, scoring, predict, start, benchmark)}
+
+
+# Trainings
+
+
+def train_through(steps: Iterator, device: torch.device, values: dict) -> None:
+    """train() on noise, of which nothing is kept. Each step takes one of `steps`, which end it."""
+    config = resolve(dict(dataset="folder", steps=10**9, checkpoint_every=10**9) | values)
+    run = SimpleNamespace(load=lambda: None, log=lambda record: None)
+    run.progress = SimpleNamespace(update=lambda: next(steps))
+    use_threads(config.threads)
+    with contextlib.suppress(StopIteration):
+        train(config, noise(config, N_IMAGES), device, run)
+
+
+def time_steps(device: torch.device, seconds: float, values: dict) -> dict:
+    """Images a second, of three steps or more behind the warm-up; on a GPU its peak memory."""
+    found = {}
+
+    def steps():
+        yield from range(WARM_UP[device.type])
+        wait_for(device)
+        begun, done = time.perf_counter(), 0
+        while done < 3 or time.perf_counter() < begun + seconds:
+            yield
+            done += 1
+        wait_for(device)
+        spent = time.perf_counter() - begun
+        found["images_per_second"] = done * values["batch_size"] / spent
+
+    train_through(steps(), device, values)
+    if device.type == "cuda":
+        found["peak_GPU_MB"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def multiply_adds(image_size: int, **values) -> float:
+    """Billions of a training step, per image, as torch counts them."""
+    values |= dict(image_size=image_size, batch_size=4, amp="fp32")
+    with FlopCounterMode(display=False) as counter:
+        train_through(iter(()), torch.device("cpu"), values)
+    return counter.get_total_flops() / 2e9 / 4
+
+
+def profile(args, folder: Path) -> str:
+    """The operators that take most of five training steps; writes folder/trace.json."""
+    on_gpu = args.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profiler = torch.profiler.profile(activities=kinds[: 1 + on_gpu])
+
+    def steps():
+        yield from range(WARM_UP[args.device.type])
+        profiler.start()
+        yield from range(5)
+        wait_for(args.device)
+        profiler.stop()
+
+    train_through(steps(), args.device, {"batch_size": 64, "threads": args.threads})
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=20)
+    return f"{table}\nwritten {folder / 'trace.json'}: ui.perfetto.dev or chrome://tracing opens it"
 
 
 # Processes
 
 
-def job(args, kind: str, **given) -> dict:
-    """A function of ganomaly/measure.py in a process of its own."""
-    return script(args, "speed", "--job", json.dumps({"job": kind, **given}))
+def first_step(device: torch.device) -> dict:
+    """When train.py, with nothing given, asks for its first batch."""
+    found: dict = {}
+
+    def asked(_):
+        found["at"] = time.time()
+        raise KeyboardInterrupt
+
+    Batches.next = asked
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(SystemExit):
+        sys.argv[1:] = ["--experiments-dir", scratch, "--device", str(device)]
+        runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+    return found
 
 
-def train_job(args, seconds: float, windows: int, images: int = 1000, **changes) -> dict:
-    values = {"dataset": "folder", "threads": args.threads, **changes}
-    return job(args, "training", values=values, n=images, seconds=seconds, windows=windows)
+JOBS = {"time_steps": time_steps, "first_step": first_step}
 
 
-@functools.cache
-def multiply_adds(**shape) -> float:
-    """Billions of a training step, per image, whatever the batch."""
-    from ganomaly.measure import training_count
-
-    return training_count({"dataset": "folder", **shape})
+def job(args, name: str, *arguments) -> dict:
+    """One of JOBS in a process of its own."""
+    return script(args, "speed", "--job", name, json.dumps(arguments))
 
 
 def script(args, name: str, *words: str) -> dict:
-    return process([sys.executable, f"scripts/{name}.py", *words, "--device", args.device])
+    return process([sys.executable, f"scripts/{name}.py", *words, "--device", str(args.device)])
 
 
 def process(words: list[str]) -> dict:
@@ -257,16 +325,18 @@ def process(words: list[str]) -> dict:
     begun, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT)
-        # Asked for while it runs: what the system tells at the end includes the process that forked
+        # Read while it runs: what the system reports at the end may include our own memory
         while child.poll() is None:
-            peak = max(peak, peak_of(child.pid))
+            with contextlib.suppress(OSError, IndexError):  # no /proc, or it has just ended
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                peak = int(status.partition("VmHWM:")[2].split()[0])
             time.sleep(0.02)
         seconds = time.perf_counter() - begun
         out.seek(0)
         err.seek(0)
-        printed, told = (file.read().decode(errors="replace") for file in (out, err))
+        printed, errors = (file.read().decode(errors="replace") for file in (out, err))
     if child.returncode:
-        raise UserError(f"{shlex.join(words)} failed: {(told.strip().splitlines() or [''])[-1]}")
+        raise UserError(f"{shlex.join(words)} failed: {(errors.strip().splitlines() or [''])[-1]}")
     found: dict = {}
     for line in printed.splitlines():
         with contextlib.suppress(ValueError):
@@ -275,27 +345,60 @@ def process(words: list[str]) -> dict:
     return {**found, "wall_seconds": seconds, "peak_MB": peak / 1024}
 
 
-def peak_of(pid: int) -> int:
-    """Peak resident memory of a running process in kB; 0 where there is no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):  # it has just ended
-        return 0
+# What is measured with
 
 
-def of(runs: list[dict], key: str) -> list[float]:
-    return [run[key] for run in runs]
+def times_of(function: Callable, device: torch.device, seconds: float = 0) -> list[float]:
+    """The seconds of each call, of ten or more."""
+    times = []
+    while len(times) < 10 or sum(times) < seconds:
+        wait_for(device)
+        begun = time.perf_counter()
+        function()
+        wait_for(device)
+        times.append(time.perf_counter() - begun)
+    return times
 
 
-def roof_of(table: dict, threads: int, key: str) -> float:
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def noise(config: Config, n: int) -> torch.Tensor:
+    """uint8 (n, C, S, S)."""
+    shape = (n, config.channels, config.image_size, config.image_size)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def untrained(recipe: str, device: torch.device) -> Detector:
+    """A detector of random weights: as fast as any other."""
+    config = configuration.load(ROOT / "experiments" / recipe / "config.json")
+    networks = build(config)
+    for network in networks.values():
+        initialise(network, torch.Generator().manual_seed(0))
+    scale = None if config.normalise == "none" else 1.0
+    detector = Detector(networks, config, device, scale)
+    detector.calibrate(noise(config, 20))
+    return detector
+
+
+def draw(folder: Path, n: int, side: int, ending: str) -> None:
+    """Photographs: smooth blotches of colour."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(40, 200, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((side, side)).save(folder / f"{i:04}.{ending}", quality=90)
+
+
+# The table
+
+
+def from_roof(table: dict, threads: int, key: str) -> float:
     for row in table.get("roof", {"rows": []})["rows"]:
         if row["threads"] == threads:
             return row[key]
     raise UserError(f"no roof of {threads} threads is measured yet; begin with --only roof")
-
-
-# The table
 
 
 def markdown(table: dict) -> str:

@@ -16,151 +16,134 @@ from ganomaly.errors import guard
 from .conftest import load_script
 
 
-def packed(names, extra=()) -> bytes:
-    """A .tar.xz of categories, with some noise so that it does not pack to nothing."""
+def packed(*names: str) -> bytes:
+    """A .tar.xz of files of noise, which do not pack to nothing."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
-        for name in (*(f"{n}/train/good/000.png" for n in names), "readme.txt", *extra):
+        for name in names:
             member = tarfile.TarInfo(name)
             member.size = 2000
             tar.addfile(member, io.BytesIO(os.urandom(2000)))
     return buffer.getvalue()
 
 
-ARCHIVE = packed(MVTEC)
+IMAGES = [f"{name}/train/good/000.png" for name in MVTEC]
+ARCHIVE = packed(*IMAGES)
 
 
-@pytest.fixture
-def download(capsys, monkeypatch):
-    """download(archive bytes the authors' are, flags) -> (exit code, standard error)."""
-    module = load_script("download")
-    module.PAUSE = 0
+class Handler(BaseHTTPRequestHandler):
+    """Sends `share` of what is asked of `content`; `asked` lists the Range of each request."""
 
-    def call(archive: bytes, *words, free: float | None = None):
-        module.SHA256 = hashlib.sha256(archive).hexdigest()
-        if free is not None:
-            usage = SimpleNamespace(free=free)
-            monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-        code = guard(module.main, [str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out + err
+    content, share, ranges, asked = ARCHIVE, 1.0, True, []
 
-    return call
+    def do_GET(self):
+        self.asked.append(self.headers["Range"])
+        rest = self.content[int(self.asked[-1][len("bytes=") : -1]) if self.ranges else 0 :]
+        self.send_response(206 if self.ranges else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: int(len(rest) * self.share)])
+
+    def log_message(self, *_): ...
 
 
 @pytest.fixture
 def server():
-    """server(behave) -> address; behave(bytes wanted, number of the request) -> bytes sent."""
-    running = []
-
-    def start(content: bytes, behave=lambda wanted, number: wanted, ranges=True):
-        log = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                log.append(self.headers["Range"])
-                asked = self.headers["Range"] if ranges else None
-                begin = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-                if asked and begin >= len(content):
-                    self.send_error(416)
-                    return
-                self.send_response(206 if asked else 200)
-                self.send_header("Content-Length", str(len(content) - begin))
-                self.end_headers()
-                self.wfile.write(behave(content[begin:], len(log)))
-
-            def log_message(self, *_): ...
-
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    """A handler's class to set; `url` is its server's."""
+    own = type("Own", (Handler,), {"asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), own) as http:
+        own.url = f"http://127.0.0.1:{http.server_port}/mvtec.tar.xz"
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        running.append(http)
-        return f"http://127.0.0.1:{http.server_port}/mvtec.tar.xz", log
-
-    yield start
-    for http in running:
+        yield own
         http.shutdown()
-        http.server_close()
+
+
+@pytest.fixture
+def download(capsys, monkeypatch, tmp_path):
+    """download(url, bytes of the authors) -> (exit code, what is printed), into tmp_path/root."""
+    module = load_script("download")
+
+    def call(url, authors: bytes = ARCHIVE, free: float = 1e12):
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        module.SIZE, module.SHA256 = len(authors), hashlib.sha256(authors).hexdigest()
+        code = guard(module.main, ["--data-root", str(tmp_path / "root"), "--url", str(url)])
+        return code, "".join(capsys.readouterr())
+
+    return call
 
 
 def all_there(root) -> bool:
-    return {p.name for p in root.iterdir()} == set(MVTEC)
+    return sorted(path.name for path in root.iterdir()) == sorted(MVTEC)
 
 
 def test_a_broken_download_goes_on_where_it_stopped(download, server, tmp_path):
-    url, log = server(ARCHIVE, lambda wanted, number: wanted[: len(wanted) // 2])
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    # Halves of halves until nothing comes, which is told; the next run asks for the rest only
-    assert code == 2 and "goes on from there" in told and "CC BY-NC-SA 4.0" in told
-    assert log[0] is None and log[1] == f"bytes={len(ARCHIVE) // 2}-"
-    kept = (tmp_path / ".mvtec_anomaly_detection.tar.xz.part").read_bytes()
-    assert kept == ARCHIVE[: len(kept)] and len(kept) > 0.99 * len(ARCHIVE)
-    url, log = server(ARCHIVE)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    assert (code, log) == (0, [f"bytes={len(kept)}-"]), told
-    assert all_there(tmp_path)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    assert code == 0 and len(log) == 1 and "nothing to do" in told
+    server.share = 0.5  # the rest is half of the half, and so on, until an answer is empty
+    code, printed = download(server.url)
+    assert code == 2 and "CC BY-NC-SA 4.0" in printed and "error: " in printed
+    assert "the same command goes on" in printed and "URL= takes a mirror or a local" in printed
+    assert server.asked[:2] == ["bytes=0-", f"bytes={len(ARCHIVE) // 2}-"]
+    server.share = 1
+    code, printed = download(server.url)
+    assert code == 0 and server.asked[-1] == server.asked[-2] and all_there(tmp_path / "root")
+    n_asked = len(server.asked)
+    code, printed = download(server.url)
+    assert code == 0 and "nothing to do" in printed and len(server.asked) == n_asked
 
 
-def test_a_server_without_ranges_starts_again(download, server, tmp_path):
-    half = len(ARCHIVE) // 2
-    url, log = server(ARCHIVE, lambda wanted, n: wanted[:half] if n == 1 else wanted, ranges=False)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    assert code == 0 and len(log) == 2 and all_there(tmp_path), told
+def test_a_server_that_ignores_ranges_sends_all_of_it_again(download, server, tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/.mvtec_anomaly_detection.tar.xz").write_bytes(ARCHIVE[:1000])
+    server.ranges = False
+    code, printed = download(server.url)
+    assert code == 0 and server.asked == ["bytes=1000-"] and all_there(tmp_path / "root"), printed
 
 
-def test_wrong_bytes_are_told_and_not_kept(download, server, tmp_path):
-    wrong = ARCHIVE[:-1] + bytes([ARCHIVE[-1] ^ 1])
-    url, _ = server(wrong)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    assert code == 2 and "sha256" in told and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("wrong", [ARCHIVE[:-1] + b"?", b"<html>not found</html>"])
+def test_wrong_bytes_are_refused_and_not_kept(download, server, tmp_path, wrong):
+    server.content = wrong
+    code, printed = download(server.url)
+    assert code == 2 and "URL= takes a mirror" in printed and not list((tmp_path).iterdir())
 
 
-def test_a_whole_part_of_a_killed_run_is_not_fetched_again(download, server, tmp_path):
-    (tmp_path / ".mvtec_anomaly_detection.tar.xz.part").write_bytes(ARCHIVE)
-    url, log = server(ARCHIVE)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url)
-    assert code == 0 and len(log) == 1 and all_there(tmp_path), told
+def test_after_a_killed_unpacking_nothing_is_fetched(download, server, tmp_path, monkeypatch):
+    def kill(self, folder, **_):
+        (folder / "bottle/train/good").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", kill)
+        assert download(server.url)[0] == 130
+    assert [path.name[:6] for path in (tmp_path / "root").iterdir()] == [".mvtec"]
+    (tmp_path / "root/.unpacking/cable/train").mkdir(parents=True)  # as kill -9 leaves it
+    code, printed = download(server.url)
+    assert code == 0 and len(server.asked) == 1 and all_there(tmp_path / "root"), printed
 
 
-def test_a_local_file_stays_and_adds_what_is_missing(download, tmp_path):
+def test_a_local_file_is_kept_and_adds_what_is_missing(download, tmp_path):
     root, archive = tmp_path / "root", tmp_path / "mine.tar.xz"
     archive.write_bytes(ARCHIVE)
     (root / "bottle/train/good").mkdir(parents=True)
-    code, told = download(ARCHIVE, "--data-root", root, "--url", archive)
-    assert code == 0 and "14 categories added" in told and archive.exists()
-    assert all_there(root) and not list((root / "bottle/train/good").iterdir())
-    archive.write_bytes(b"another")
-    (root / "cable/train/good/000.png").unlink()
-    (root / "cable/train/good").rmdir()
-    code, told = download(ARCHIVE, "--data-root", root, "--url", archive)
-    assert code == 2 and "cable: there, but without train/good" in told
-    (root / "cable/train").rmdir()
+    (root / "cable").mkdir()
+    code, printed = download(archive)
+    assert code == 2 and "root/cable: there, but without train/good" in printed
     (root / "cable").rmdir()
-    code, told = download(ARCHIVE, "--data-root", root, "--url", archive)
-    assert code == 2 and "name another file" in told and archive.exists()
-
-
-def test_nothing_leaves_the_folder(download, tmp_path):
-    root, archive = tmp_path / "root", tmp_path / "mine.tar.xz"
-    evil = packed(MVTEC, extra=["../../evil.txt"])
-    archive.write_bytes(evil)
-    code, told = download(evil, "--data-root", root, "--url", archive)
-    assert code == 2 and "cannot be unpacked" in told and "evil.txt" in told
-    assert not root.exists() and not list(tmp_path.rglob("evil.txt"))
-
-
-def test_too_little_room_is_told_before_anything_is_fetched(download, server, tmp_path):
-    url, log = server(ARCHIVE)
-    code, told = download(ARCHIVE, "--data-root", tmp_path, "--url", url, free=1000)
-    assert code == 2 and "GB are free" in told and not list(tmp_path.iterdir())
+    code, printed = download(archive, authors=b"others")
+    assert code == 2 and "sha256" in printed and archive.exists()
+    code, printed = download(archive, free=1000)
+    assert code == 2 and "GB are free" in printed and "error: " in printed
+    code, printed = download(f"file://{archive}")
+    assert code == 0 and "14 categories added" in printed and archive.exists() and all_there(root)
+    assert not list((root / "bottle/train/good").iterdir())
 
 
 def test_another_archive_is_refused(download, tmp_path):
-    root, archive = tmp_path / "root", tmp_path / "mine.tar.xz"
-    other = packed(["bottle"])
-    archive.write_bytes(other)
-    code, told = download(other, "--data-root", root, "--url", archive)
-    assert code == 2 and "has no cable, capsule" in told and not (root / "bottle").exists()
-    code, told = download(other, "--data-root", root, "--url", tmp_path / "none")
-    assert code == 2 and "no such file" in told
+    archive = tmp_path / "mine.tar.xz"
+    for names, reason in (
+        (IMAGES[:1], "has no cable, capsule"),
+        ([*IMAGES, "../../evil.txt"], "evil.txt"),
+    ):
+        archive.write_bytes(packed(*names))
+        code, printed = download(archive, authors=archive.read_bytes())
+        assert code == 2 and reason in printed and [*tmp_path.iterdir()] == [archive], printed
+    code, printed = download(tmp_path / "none")
+    assert code == 2 and "no such file" in printed

@@ -1319,22 +1319,6 @@ def test_digits_are_the_default_and_need_nothing(script, tmp_path):
     assert code == 0 and out.startswith("0 seed 42: 1036 images trained on")
 
 
-# scale.py
-
-
-def test_the_simulation_is_right_where_the_answer_is_known(script):
-    makespan = load_script("scale").makespan
-    runs = [10.0, 20, 30, 40]
-    assert makespan(runs, 1, 3, 0) == 103
-    assert makespan(runs, 4, 3, 0) == makespan(runs, 9, 3, 0) == 43
-    assert makespan(runs, 2, 0, 0) == 60  # 10 and 30, 20 and 40
-    assert makespan([5.0] * 6, 3, 0, 1) == 14  # two of its own, and four passed by
-    code, out, _ = script("scale", "--runs", "100", "--workers", "1", "10", "--seconds", "36")
-    assert code == 0 and "| 100 | 1 | 1.00 | 100% |" in out and "| 100 | 10 | 0.10 | 99% |" in out
-    code, _, err = script("scale", "--experiment", "../x")
-    assert code == 2 and "no results.csv" in one_line_error(err)
-
-
 # ablate.py
 
 
