@@ -58,8 +58,9 @@ def main(argv=None) -> int:
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 
     with leaving_at_once():
-        from ganomaly import data, experiment, pipeline
+        from ganomaly import data
         from ganomaly.device import use_device
+        from ganomaly.runs import experiment, pipeline
 
     categories = asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
@@ -112,7 +113,7 @@ def read_runs(folder: Path, names=None, categories=None, seeds=None) -> tuple[di
 
     All of them, or those of some ablations, categories and seeds.
     """
-    from ganomaly.experiment import runs_of
+    from ganomaly.runs.experiment import runs_of
 
     def refused(error):
         print(f"warning: not in the table: {error}", file=sys.stderr)
@@ -130,7 +131,7 @@ def read_runs(folder: Path, names=None, categories=None, seeds=None) -> tuple[di
 def write_tables(folder: Path) -> None:
     """results.csv and results.md, from the metrics of all runs that are there."""
     from ganomaly.files import write_atomic
-    from ganomaly.results import csv_text
+    from ganomaly.runs.results import csv_text
 
     runs, scores = read_runs(folder)
     rows = []
@@ -148,7 +149,7 @@ def write_tables(folder: Path) -> None:
 
 
 def markdown(runs: dict, scores: list[str]) -> str:
-    from ganomaly.results import spread
+    from ganomaly.runs.results import spread
 
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))

@@ -44,8 +44,9 @@ def main(argv=None) -> int:
         raise UserError("--force: each worker would train what another has just finished; one does")
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import data, experiment, pipeline
+        from ganomaly import data
         from ganomaly.device import use_device
+        from ganomaly.runs import experiment, pipeline
 
     categories = asked_categories(args) or data.categories_of(base, args.data_root)
     missing = {}  # a dry run misses nothing that it would download

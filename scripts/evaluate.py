@@ -26,9 +26,10 @@ def main(argv=None) -> int:
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
         from ganomaly import config as configuration
-        from ganomaly import data, experiment, pipeline, results
+        from ganomaly import data
         from ganomaly.device import use_device
         from ganomaly.files import locked
+        from ganomaly.runs import experiment, pipeline, results
 
     run = experiment.Run(folder, data.category_name(asked, args.data_root), asked)
     with locked(run.folder):  # before it is read: another process may be training it anew

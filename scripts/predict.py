@@ -148,7 +148,7 @@ def check_heatmaps(folder: Path, items: list[Item]) -> None:
 def is_heatmap(path: Path) -> bool:
     from PIL import Image
 
-    from ganomaly.pictures import SIDE
+    from ganomaly.runs.pictures import SIDE
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -193,7 +193,7 @@ def write_heatmaps(detector, images, items: list[Item], folder: Path) -> None:
 
     from ganomaly.files import write_atomic
     from ganomaly.images import read_image
-    from ganomaly.pictures import SIDE, explained, png
+    from ganomaly.runs.pictures import SIDE, explained, png
 
     maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
     for (path, name), x_hat, heat in zip(items, x_hats, maps):

@@ -23,9 +23,9 @@ def main(argv=None) -> int:
     if not [*folder.glob("*/seed*/metrics.json"), *folder.glob("*/*/seed*/metrics.json")]:
         raise UserError(f"{folder}: no finished run there to report on")
     with leaving_at_once():
-        from ganomaly import pipeline
         from ganomaly.device import use_device
         from ganomaly.files import check_output
+        from ganomaly.runs import pipeline
 
     output = args.output or folder / "report.html"
     check_output(output)

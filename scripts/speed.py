@@ -41,8 +41,8 @@ with leaving_at_once():
     from ganomaly.files import write_atomic, write_torch
     from ganomaly.images import read_images
     from ganomaly.networks import build, initialise
-    from ganomaly.provenance import provenance
-    from ganomaly.published import ORDER
+    from ganomaly.runs.provenance import provenance
+    from ganomaly.runs.published import ORDER
     from ganomaly.training import AMP, resolve_amp, train
 
 SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size of trainings

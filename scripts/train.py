@@ -35,8 +35,8 @@ def main(argv=None) -> int:
     note_unused_root(config, args)
 
     with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly import experiment, pipeline, results
         from ganomaly.device import use_device
+        from ganomaly.runs import experiment, pipeline, results
 
     device = use_device(args.device, args.deterministic)
     setting = pipeline.Setting(args.data_root, device, args.force, args.download)

@@ -16,7 +16,7 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ganomaly import cli  # noqa: E402
+from ganomaly import cli
 from ganomaly.errors import guard  # noqa: E402
 
 # The smallest run that still passes every stage

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import pipeline
 from ganomaly.config import Config
 from ganomaly.device import use_device
+from ganomaly.runs import pipeline
 
 from .conftest import TINY, draw_category
 from .test_scripts import folder_of, numbers, one_line_error, train_words

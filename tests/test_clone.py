@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganomaly import pipeline
 from ganomaly.config import Config
 from ganomaly.data import MVTEC
+from ganomaly.runs import pipeline
 
 from .conftest import ROOT, TINY, TINY_FLAGS, draw_category
 

@@ -1,7 +1,7 @@
 import re
 import xml.etree.ElementTree as ET
 
-from ganomaly.curves import read, svg
+from ganomaly.runs.curves import read, svg
 
 
 def test_a_curve_is_read_back(tmp_path):

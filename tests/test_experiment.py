@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ganomaly import experiment
 from ganomaly.config import ROOT, SCORES, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
-from ganomaly.evaluation import samples_of
 from ganomaly.files import read_torch, write_atomic, write_torch
-from ganomaly.provenance import command
-from ganomaly.published import PUBLISHED
-from ganomaly.results import FIGURES, Reference, results_csv, results_md, summary
+from ganomaly.runs import experiment
+from ganomaly.runs.evaluation import samples_of
+from ganomaly.runs.provenance import command
+from ganomaly.runs.published import PUBLISHED
+from ganomaly.runs.results import FIGURES, Reference, results_csv, results_md, summary
 
 
 def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dict:

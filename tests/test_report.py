@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import charts, pipeline
 from ganomaly.config import Config
 from ganomaly.device import use_device
-from ganomaly.pictures import panel
+from ganomaly.runs import charts, pipeline
+from ganomaly.runs.pictures import panel
 
 from .conftest import TINY, draw_category
 

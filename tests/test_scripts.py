@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly import data, evaluation, experiment, images, load, pipeline, provenance
+from ganomaly import data, images, load
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.data import MVTEC
 from ganomaly.detector import Detector
 from ganomaly.errors import exit_code
-from ganomaly.experiment import Run
 from ganomaly.files import Busy, locked
+from ganomaly.runs import evaluation, experiment, pipeline, provenance
+from ganomaly.runs.experiment import Run
 from ganomaly.training import NAMES
 
 from .conftest import CHANGES, ROOT, TINY, TINY_FLAGS, draw, draw_category, load_script

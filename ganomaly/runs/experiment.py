@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly import config as configuration
-from ganomaly import curves
 from ganomaly.batches import to_input
 from ganomaly.config import ROOT, Config
 from ganomaly.errors import UserError, flag
 from ganomaly.files import locked, naming, read_torch, write_atomic, write_torch
-from ganomaly.pictures import panel, png
-from ganomaly.provenance import changed_code, code
-from ganomaly.results import (
+from ganomaly.runs import curves
+from ganomaly.runs.pictures import panel, png
+from ganomaly.runs.provenance import changed_code, code
+from ganomaly.runs.results import (
     ALWAYS,
     COUNTS,
     FIGURES,

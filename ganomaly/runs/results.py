@@ -8,7 +8,7 @@ import statistics
 from typing import NamedTuple
 
 from ganomaly.data import CLASSES, MVTEC
-from ganomaly.published import PUBLISHED
+from ganomaly.runs.published import PUBLISHED
 from ganomaly.scoring import rank_at
 
 SOURCE = ("category", "dataset", "seed", "score", "threshold", "scores", "provenance")

@@ -15,23 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ganomaly import (  # evaluation loads BLAS, whose threads use_threads limits
-    data,
-    evaluation,
-    experiment,
-    pictures,
-    report,
-    results,
-)
+from ganomaly import data
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, flag, lost_device, out_of_memory, reason_of
-from ganomaly.experiment import ANEW, Run
 from ganomaly.files import Busy, locked, write_output, write_torch
 from ganomaly.images import read_images
-from ganomaly.provenance import changed_code, now, provenance
+from ganomaly.runs import evaluation, experiment, pictures, report, results
+from ganomaly.runs.experiment import ANEW, Run
+from ganomaly.runs.provenance import changed_code, now, provenance
 from ganomaly.training import Trained, resolve_amp, train
 
 PAUSE = 2  # seconds, while other processes are at all that is left

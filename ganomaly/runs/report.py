@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ganomaly import charts
-from ganomaly.experiment import runs_of
+from ganomaly.runs import charts
+from ganomaly.runs.experiment import runs_of
 
 ERRORS = 6  # images of each kind
 PIPE = "\\|"  # as a table in Markdown writes a pipe

@@ -16,12 +16,8 @@ import torch
 
 from ganomaly.config import ROOT, Config
 
-# Modules that change no number of a run. Every other one of ganomaly/ computes; config.py is here
-# because a run's values are in its config.json.
-NOT_COMPUTING = (
-    "__init__", "charts", "cli", "config", "curves", "errors", "experiment", "files",
-    "pictures", "pipeline", "provenance", "published", "report", "results",
-)  # fmt: skip
+# Of ganomaly/ these change no number of a run: the values of config.py are in its config.json
+NOT_COMPUTING = ("__init__.py", "cli.py", "config.py", "errors.py", "files.py")
 
 
 def provenance(device: torch.device, config: Config) -> dict:
@@ -58,11 +54,11 @@ def cpu_name() -> str:
 @functools.cache
 def code() -> dict[str, str]:
     """A hash of every module that computes, as it was when first asked; comments don't count."""
-    folder = ROOT / "ganomaly"
+    here = Path(__file__).parent
+    paths = [path for path in here.parent.glob("*.py") if path.name not in NOT_COMPUTING]
     trees = {
         path.name: ast.dump(ast.parse(path.read_text(encoding="utf-8")))
-        for path in sorted(folder.glob("*.py"))
-        if path.stem not in NOT_COMPUTING
+        for path in sorted([*paths, here / "evaluation.py"])
     }
     return {name: hashlib.sha256(tree.encode()).hexdigest()[:8] for name, tree in trees.items()}
 

@@ -14,9 +14,9 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector
-from ganomaly.experiment import Run
 from ganomaly.files import write_json
-from ganomaly.results import FIGURES, LOOK_IMAGES
+from ganomaly.runs.experiment import Run
+from ganomaly.runs.results import FIGURES, LOOK_IMAGES
 
 # Images at a time, and at most for the mean image and the PCA: as many as take these bytes in
 # float32, but at least so many that every second one suffices for a PCA of 40 components

@@ -1,0 +1,1 @@
+"""Bookkeeping of runs: nothing outside of this folder and scripts/ imports it."""
