@@ -25,25 +25,26 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser, add_place_flags, experiment_folder
-from ganomaly.errors import UserError, guard, leaving_at_once
 
-with leaving_at_once():
-    import numpy as np
-    import torch
-    from PIL import Image
-    from torch.utils.flop_counter import FlopCounterMode
+# isort: split
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-    from ganomaly import config as configuration
-    from ganomaly.batches import Batches
-    from ganomaly.config import ROOT, Config, resolve
-    from ganomaly.detector import Detector
-    from ganomaly.device import use_device, use_threads
-    from ganomaly.files import write_atomic, write_torch
-    from ganomaly.images import read_images
-    from ganomaly.networks import build, initialise
-    from ganomaly.runs.provenance import provenance
-    from ganomaly.runs.published import ORDER
-    from ganomaly.training import AMP, resolve_amp, train
+from ganomaly import config as configuration
+from ganomaly.batches import Batches
+from ganomaly.config import ROOT, Config, resolve
+from ganomaly.detector import Detector
+from ganomaly.device import use_device, use_threads
+from ganomaly.errors import UserError, guard
+from ganomaly.files import write_atomic, write_torch
+from ganomaly.images import read_images
+from ganomaly.networks import build, initialise
+from ganomaly.runs.provenance import provenance
+from ganomaly.runs.published import ORDER
+from ganomaly.runs.results import markdown_table
+from ganomaly.training import AMP, resolve_amp, train
 
 SHAPES = [(64, 64), (64, 16), (128, 64)]  # image size and batch size of trainings
 ON_A_GPU = [(256, 64)]  # too
@@ -402,17 +403,19 @@ def from_roof(table: dict, threads: int, key: str) -> float:
 
 
 def markdown(table: dict) -> str:
-    lines = ["# Speed", ""]
+    blocks = ["# Speed\n"]
     for part in (part for part in PARTS if part in table):
         origin, rows = table[part]["provenance"], table[part]["rows"]
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines += [f"## {part.capitalize()}", "", " ".join(PARTS[part].__doc__.split()), ""]
-        lines += ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
-        lines += ["|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(cell(row.get(c)) for c in columns) + " |" for row in rows]
-        lines += ["", f"`{origin['command']}`, {origin['cpu']}, {origin['device']}, "
-                  f"{origin['threads']} threads, torch {origin['torch']}", ""]  # fmt: skip
-    return "\n".join(lines)
+        cells = [[cell(row.get(column)) for column in columns] for row in rows]
+        blocks += [
+            f"## {part.capitalize()}\n",
+            " ".join(PARTS[part].__doc__.split()) + "\n",
+            markdown_table([column.replace("_", " ") for column in columns], cells),
+            f"`{origin['command']}`, {origin['cpu']}, {origin['device']}, "
+            f"{origin['threads']} threads, torch {origin['torch']}\n",
+        ]
+    return "\n".join(blocks)
 
 
 def cell(value) -> str:
@@ -422,7 +425,7 @@ def cell(value) -> str:
         return f"{middle} ({cell(min(value))} to {cell(max(value))})" if len(value) > 1 else middle
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return "" if value is None else str(value).replace("_", " ").replace("|", "\\|")
+    return "" if value is None else str(value).replace("_", " ")
 
 
 if __name__ == "__main__":
