@@ -47,7 +47,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 figcaption,.dim{color:var(--dim);font-size:13px}svg{max-width:100%;height:auto}
 .charts text{font:11px system-ui,sans-serif;fill:var(--dim)}
 .good{fill:var(--good);stroke:var(--good)}.bad{fill:var(--bad);stroke:var(--bad)}
-rect.good,rect.bad{stroke:none;opacity:.6}path{fill:none;stroke-width:1.5}
+rect.good,rect.bad{stroke:none;opacity:.6}path,path.good,path.bad{fill:none;stroke-width:1.5}
 .axis{stroke:var(--line);fill:none}.cut{stroke:var(--ink);stroke-dasharray:4 3}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
 .pictures img{width:100%;border-radius:4px}figcaption{overflow-wrap:anywhere}
