@@ -54,7 +54,6 @@ def main(argv=None) -> int:
                 jobs[f"{name} seed {seed}"] = config, folder
     device = use_device(args.device, args.deterministic)
     setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
-    setting = pipeline.with_forced(jobs, setting)
     run = pipeline.run_of(config, folder, setting)  # raises where the folder has another recipe
     if args.dry_run:
         print(run.config.replace(category=None).to_json() + "would:")

@@ -96,7 +96,7 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     ours = load(ROOT / "experiments/paper/config.json")
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name
-        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7))
+        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7), force=False)
         found = experiment.reference_of(folder, recipe)
         assert found.name == "paper" and found.differences == ["steps (3000 there, 7 asked)"]
         with open(ROOT / "experiments/paper/results.csv") as file:
@@ -216,7 +216,7 @@ def test_samples_are_spread_and_of_both_kinds():
 def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
     config = Config(category="bottle", steps=10, seed=7)
     for name in ("mine", "local"):
-        experiment.write_recipe(tmp_path / name, config)
+        experiment.write_recipe(tmp_path / name, config, force=False)
     assert load(tmp_path / "mine/config.json") == config.replace(category=None, seed=42)
     assert not (tmp_path / "local").exists()
     other = config.replace(steps=20, category="screw", seed=1, checkpoint_every=3)
@@ -229,14 +229,9 @@ def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
     experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="folder"))
     with pytest.raises(UserError, match="dataset"):
         experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="cifar10"))
-    # Where every run is trained anew the experiment takes another recipe, else it does not
-    runs = [tmp_path / "mine" / name / "seed7" for name in ("bottle", "screw")]
-    for run in runs:
-        write_atomic(run / "config.json", config.to_json())
-    experiment.check_recipe(tmp_path / "mine", other, set(runs))
-    with pytest.raises(UserError, match="another recipe of 1 more runs, screw seed7 for one"):
-        experiment.check_recipe(tmp_path / "mine", other, set(runs[:1]))
-    experiment.write_recipe(tmp_path / "mine", other, set(runs))
+    with pytest.raises(UserError, match="another recipe"):
+        experiment.write_recipe(tmp_path / "mine", other, force=False)
+    experiment.write_recipe(tmp_path / "mine", other, force=True)
     assert load(tmp_path / "mine/config.json").steps == 20
 
 

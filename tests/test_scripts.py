@@ -607,11 +607,13 @@ def test_force_takes_another_recipe_into_a_named_experiment(script, parts, tmp_p
     assert script("train", *words, "--width=5", "--force")[0] == 0
     assert json.loads((tmp_path / "mine/config.json").read_text())["width"] == 5
     assert script("train", *words, "--width=5", "--seed=1")[0] == 0
-    code, _, err = script("train", *words, "--width=6", "--force")  # seed 1 would be another
-    assert code == 2 and "of 1 more runs, parts seed1 for one" in one_line_error(err)
+    assert script("train", *words, "--width=6", "--force")[0] == 0  # seed 1 stays as it was
+    names = [row["category"] for row in csv.DictReader((tmp_path / "mine/results.csv").open())]
+    assert names == ["parts", "parts"]  # and there are no means
     both = ["--dataset=folder", "--data-root", parts, "--experiments-dir", tmp_path]
     both += [*TINY_FLAGS, "--experiment=mine", "--seeds", "42", "1", "--width=6"]
-    assert script("benchmark", *both)[0] == 2
+    code, out, err = script("benchmark", *both)
+    assert code == 1 and "failed parts seed 1: " in err and "width (5 there, 6 asked)" in err
     code, out, err = script("benchmark", *both, "--force")
     assert code == 0 and "done before" not in out, err
     assert "all 2 runs were done before" in script("benchmark", *both)[1]

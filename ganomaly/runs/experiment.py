@@ -25,33 +25,29 @@ SEED = 42  # of a recipe's config.json
 # The recipe
 
 
-def check_recipe(experiment: Path, config: Config, forced: Collection[Path] = ()) -> None:
-    """A named experiment holds runs of one recipe; UserError where this config is another.
-
-    forced: the folders of the runs that are trained anew, whatever they were. Where no other run
-    is left, the experiment takes another recipe.
-    """
+def check_recipe(experiment: Path, config: Config) -> None:
+    """A named experiment holds runs of one recipe; UserError where this config is another."""
     path = experiment / "config.json"
     if experiment.name == SCRATCH or not path.is_file():
         return
     if changed := configuration.differences(recipe_of(config), recipe_of(configuration.load(path))):
-        runs = [run.parent for run in sorted(experiment.glob("*/seed*/config.json"))]
-        others = [f"{run.parent.name} {run.name}" for run in runs if run not in forced]
-        if forced and not others:
-            return
-        kept = f" of {len(others)} more runs, {others[0]} for one" if forced else ""
-        raise UserError(f"{path} is another recipe{kept}: {', '.join(changed)}; {ANEW}")
+        raise UserError(f"{path} is another recipe: {', '.join(changed)}; {ANEW}")
 
 
-def write_recipe(experiment: Path, config: Config, forced: Collection[Path] = ()) -> None:
-    """The first run of a named experiment leaves its config.json: seed 42, no category."""
+def write_recipe(experiment: Path, config: Config, force: bool) -> None:
+    """The first run of a named experiment leaves its config.json: seed 42, no category.
+
+    With `force` the recipe takes the place of another. Runs of that one stay, and the tables have
+    no means, until they are trained anew too.
+    """
     if experiment.name == SCRATCH:
         return
-    path, recipe = experiment / "config.json", recipe_of(config)
+    path = experiment / "config.json"
     with locked(experiment, wait=True):
-        check_recipe(experiment, config, forced)  # again: another process may have been faster
-        if not path.is_file() or configuration.differences(recipe, configuration.load(path)):
-            write_atomic(path, recipe.to_json())
+        if not force:
+            check_recipe(experiment, config)  # again: another process may have been faster
+        if force or not path.is_file():
+            write_atomic(path, recipe_of(config).to_json())
 
 
 def recipe_of(config: Config) -> Config:

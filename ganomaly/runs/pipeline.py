@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,30 +40,14 @@ class Setting:
     force: bool = False  # train anew, over what is there
     download: bool = False  # fetch mnist or cifar10 where it is missing
     recipe: str | None = None  # whose committed table stands beside the results
-    forced: Collection[Path] = ()  # the folders of all runs that --force trains anew; of one: its
 
 
 def run_of(config: Config, folder: Path, setting: Setting) -> Run:
     """The run of a config in an experiment's folder; UserError where that has another recipe."""
-    run = Run(
-        folder,
-        data.category_name(config, setting.data_root),
-        config.replace(amp=resolve_amp(config.amp, setting.device)),
-    )
-    experiment.check_recipe(folder, run.config, forced_of(run, setting))
-    return run
-
-
-def forced_of(run: Run, setting: Setting) -> Collection[Path]:
-    return (setting.forced or {run.folder}) if setting.force else ()
-
-
-def with_forced(jobs: Jobs, setting: Setting) -> Setting:
-    """The setting of all jobs together."""
+    config = config.replace(amp=resolve_amp(config.amp, setting.device))
     if not setting.force:
-        return setting
-    names = {(data.category_name(c, setting.data_root), c.seed, f) for c, f in jobs.values()}
-    return dataclasses.replace(setting, forced={f / name / f"seed{s}" for name, s, f in names})
+        experiment.check_recipe(folder, config)
+    return Run(folder, data.category_name(config, setting.data_root), config)
 
 
 def plan(config: Config, folder: Path, setting: Setting) -> str:
@@ -83,7 +66,7 @@ def plan(config: Config, folder: Path, setting: Setting) -> str:
 
 def plan_all(jobs: Jobs, setting: Setting) -> int:
     """Print what run_all() would do; returns 1 where some of it would be refused, else 0."""
-    refused, setting = 0, with_forced(jobs, setting)
+    refused = 0
     for name, (config, folder) in jobs.items():
         try:
             print(" ", plan(config, folder, setting))
@@ -123,7 +106,7 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
     hashes = data.image_hashes(config, setting.data_root)
     origin = {**provenance(device, config), **hashes}
     category = data.load(config, setting.data_root, setting.download)
-    experiment.write_recipe(run.experiment, config, forced_of(run, setting))
+    experiment.write_recipe(run.experiment, config, setting.force)
     run.begin(anew=setting.force)
     own_bar = tqdm(
         total=config.steps, desc=run.name, unit="step", disable=True if shared_bar else None
@@ -234,7 +217,7 @@ def run_all(
     longest first. line_of(metrics) is the line that is printed of a run.
     """
     finished, failed, outcomes = {}, {}, []
-    setting, busy, done = with_forced(jobs, setting), 0, 0
+    busy, done = 0, 0
     waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
