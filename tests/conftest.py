@@ -1,7 +1,10 @@
-"""Drawn images in MVTec's layout, and the scripts' main() called in process."""
+"""Drawn images in MVTec's layout, a finished run, and the scripts' main() called in process."""
 
+import csv
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ganomaly import cli
-from ganomaly.errors import guard  # noqa: E402
+from ganomaly.data import MVTEC
+from ganomaly.errors import guard
 
 # The smallest run that still passes every stage
 TINY = dict(image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, amp="fp32")
-# Another value for every Config field; test_scripts shows that each changes a run
+# Another value for every Config field; test_train shows that each changes a run
 CHANGES = {
     "dataset": "mnist", "category": "7", "image_size": 128, "channels": 3, "normalise": "exposure",
     "width": 5, "latent_dim": 9, "extra_layers": 1, "comparator_width": 3, "corrupted": 0.5,
@@ -64,6 +68,80 @@ def parts(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("images")
     draw_category(root / "parts")
     return root
+
+
+@pytest.fixture(scope="session")
+def fifteen(tmp_path_factory) -> Path:
+    """A root with a small category for each of MVTec AD's names; not to be changed."""
+    root = tmp_path_factory.mktemp("mvtec")
+    for i, name in enumerate(MVTEC):
+        draw_category(root / name, n_train=20, n_good=2, n_bad=2, seed=i)
+    return root
+
+
+def train_words(root, out, *more, category="parts") -> list:
+    where = ["--dataset=folder", f"--category={category}", "--data-root", root]
+    return [*where, "--experiments-dir", out, *TINY_FLAGS, *more]
+
+
+def benchmark_words(root, out, *more) -> list:
+    return ["--experiment=all", "--data-root", root, "--experiments-dir", out, *TINY_FLAGS, *more]
+
+
+def folder_of(out: Path, category="parts", seed=42, name="local") -> Path:
+    """The folder of a run in an experiments folder."""
+    return out / name / category / f"seed{seed}"
+
+
+@pytest.fixture(scope="session")
+def trained(parts, tmp_path_factory) -> Path:
+    """An experiments folder with a finished run of `parts`; not to be changed."""
+    out = tmp_path_factory.mktemp("trained")
+    assert guard(load_script("train").main, [str(x) for x in train_words(parts, out)]) == 0
+    return out
+
+
+@pytest.fixture
+def finished(trained, tmp_path) -> Path:
+    """The folder of that run in a copy, as if train_words(parts, tmp_path) had trained it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return folder_of(tmp_path)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def numbers(folder: Path) -> tuple[dict, str]:
+    """A run's metrics.json less times and provenance, and its scores.csv."""
+    metrics = read_json(folder / "metrics.json")
+    for name in ("train_seconds", "images_per_second", "provenance"):
+        del metrics[name]
+    return metrics, (folder / "scores.csv").read_text()
+
+
+def printed(answer: tuple[int, str, str]) -> str:
+    """What a script that did its work has printed."""
+    code, out, err = answer
+    assert code == 0, err
+    return out
+
+
+def refusal(answer: tuple[int, str, str]) -> str:
+    """The one line of a script that refused, and that printed nothing else."""
+    code, out, err = answer
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) == (2, 1) and not out and "Traceback" not in err, err
+    return lines[0]
 
 
 def committed(folder: str) -> list[Path]:

@@ -65,14 +65,6 @@ def edit(path: Path, *pairs: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def fifteen(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    for i, name in enumerate(MVTEC):
-        draw_category(root / name, n_train=20, n_good=2, n_bad=2, seed=i)
-    return root
-
-
 def commands() -> list[str]:
     """Every make command of the two READMEs, once."""
     found = []
@@ -226,8 +218,8 @@ def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fift
         assert done.returncode == 0, done.stderr
     assert "slow" in make(clone, ["ablate", "CATEGORIES=bottle", *words, "DEVICE=cpu"]).stdout
     # The tests that read what was changed; of the others none can tell
-    modules = "config experiment losses networks scoring training scripts clone".split()
-    files = [f"tests/test_{name}.py" for name in modules]
+    modules = "config experiment losses networks scoring training train benchmark scripts clone"
+    files = [f"tests/test_{name}.py" for name in modules.split()]
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *files]
     done = subprocess.run(words, cwd=clone, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]

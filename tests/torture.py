@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .conftest import ROOT, TINY_FLAGS, draw_category
-from .test_scripts import folder_of, numbers
+from .conftest import ROOT, TINY_FLAGS, draw_category, folder_of, numbers
 
 KILLS = 20
 ROOMY = ["--steps=600", "--checkpoint-every=25"]

@@ -1,0 +1,228 @@
+"""benchmark.py and ablate.py: many runs, whatever becomes of some of them, and their tables."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ganomaly.config import Config
+from ganomaly.data import MVTEC
+
+from .conftest import (
+    ROOT,
+    TINY,
+    TINY_FLAGS,
+    benchmark_words,
+    folder_of,
+    load_script,
+    numbers,
+    printed,
+    read_csv,
+    read_json,
+    refusal,
+    train_words,
+)
+
+
+@pytest.mark.slow
+def test_fifteen_categories_go_through_whole(script, fifteen, tmp_path):
+    out = printed(script("benchmark", *benchmark_words(fifteen, tmp_path)))
+    rows = read_csv(tmp_path / "all/results.csv")
+    assert [row["category"] for row in rows] == [*MVTEC, "Mean", "Mean without screw"]
+    mean = np.mean([float(row["auroc"]) for row in rows[:15]])
+    assert float(rows[15]["auroc"]) == pytest.approx(mean, abs=1e-5)
+    assert "anomalib README" in out and "| Mean without screw |" in out and "0.421" in out
+    assert out.count("seed 42: AUROC") == 15
+    alone = train_words(fifteen, tmp_path, "--dataset=mvtec", category="zipper")
+    printed(script("train", *alone))
+    both = (folder_of(tmp_path, "zipper", name=name) for name in ("local", "all"))
+    assert numbers(next(both)) == numbers(next(both))
+
+
+@pytest.mark.slow
+def test_seeds_give_deviations_and_finished_runs_are_kept(script, fifteen, tmp_path):
+    words = benchmark_words(fifteen, tmp_path, "--categories", "bottle", "screw", "--seeds")
+    printed(script("benchmark", *words, 42, 43))
+    first = (tmp_path / "all/bottle/seed42/metrics.json").read_bytes()
+    out = printed(script("benchmark", *words, 42, 43, 44))
+    assert out.count("(done before)") == 4 and "±" in out
+    assert (tmp_path / "all/bottle/seed42/metrics.json").read_bytes() == first
+    names = [row["category"] for row in read_csv(tmp_path / "all/results.csv")]
+    assert names[6:] == ["Mean of 2", "Mean of 1 without screw"] * 3
+
+
+def test_missing_categories_are_listed_before_any_work(script, fifteen, tmp_path):
+    shutil.copytree(fifteen / "tile", tmp_path / "some/tile")
+    words = benchmark_words(tmp_path / "some", tmp_path / "out")
+    words += ["--categories", "tile", "wood", "cable"]
+    assert "(wood, cable)" in refusal(script("benchmark", *words))
+    assert not (tmp_path / "out").exists()
+    code, out, err = script("benchmark", *words, "--skip-missing")
+    assert code == 1 and "skipped wood" in err and "tile seed 42: AUROC" in out
+
+
+def test_a_failing_category_is_named_and_the_others_are_done(script, fifteen, tmp_path):
+    root = tmp_path / "images"
+    for name in ("tile", "wood"):
+        shutil.copytree(fifteen / name, root / name)
+    (root / "tile/train/good/000.png").write_text("no image")
+    words = benchmark_words(root, tmp_path / "out", "--categories", "tile", "wood")
+    code, out, err = script("benchmark", *words)
+    assert code == 1 and "wood seed 42: AUROC" in out and "Traceback" not in err
+    assert "failed tile seed 42: 1 image cannot be read" in err and "000.png" in err
+    assert not (tmp_path / "out/all/tile").exists()
+
+
+def test_one_category_or_seed_may_be_named_as_in_train(script, fifteen, tmp_path):
+    words = benchmark_words(fifteen, tmp_path, "--category=tile", "--seed=7")
+    printed(script("benchmark", *words))
+    assert list(tmp_path.glob("all/*/*/metrics.json")) == [tmp_path / "all/tile/seed7/metrics.json"]
+
+
+def test_the_table_names_the_best_checkpoint_an_oracle(script, parts, tmp_path):
+    words = benchmark_words(parts, tmp_path, "--recipe=digits", "--dataset=folder")
+    out = printed(script("benchmark", *words, "--checkpoint-every=2", "--seeds", 1, 2))
+    assert "parts seed 1: AUROC" in out  # all categories of a folder
+    runs = [folder_of(tmp_path, seed=seed, name="all") for seed in (1, 2)]
+    best = [max(float(row["latent"]) for row in read_csv(run / "curve.csv")) for run in runs]
+    cells = [line for line in out.splitlines() if line.startswith(("| category", "| parts"))]
+    titles, row = (line.split(" | ") for line in cells[:2])
+    cell = row[titles.index("AUROC of the best checkpoint (oracle)")]
+    assert cell == f"{np.mean(best):.3f} ± {np.std(best, ddof=1):.3f}"
+
+
+@pytest.mark.slow
+def test_two_benchmarks_share_the_work_and_the_table_though_a_third_dies(script, fifteen, tmp_path):
+    words = ["--categories", "tile", "wood", "--seeds", "1", "2"]
+    words += ["--steps=150", "--checkpoint-every=25"]
+    printed(script("benchmark", *benchmark_words(fifteen, tmp_path / "serial", *words)))
+    both = benchmark_words(fifteen, tmp_path / "both", *words)
+    command = [sys.executable, ROOT / "scripts/benchmark.py", *both]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    third = processes.pop()
+    while not list((tmp_path / "both").rglob("last.pt")) and third.poll() is None:
+        time.sleep(0.02)
+    third.kill()
+    third.communicate()
+    answers = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    # Each run was trained by one of them, or by the third before it died
+    assert 4 <= sum(out.count("(done before)") for out, _ in answers) <= 6
+    tables = []
+    for name in ("serial", "both"):
+        rows = read_csv(tmp_path / name / "all" / "results.csv")
+        results = list(rows[0])[: list(rows[0]).index("train_seconds")]
+        tables.append([[row[column] for column in results] for row in rows])
+    assert tables[0] == tables[1] and len(tables[0]) == 6
+
+
+# ablate.py
+
+
+def ablation_words(parts, tmp_path, *more):
+    recipe = tmp_path / "recipe.json"
+    values = {"dataset": "folder", **TINY, "corrupted": 0.5, "comparator_width": 3}
+    recipe.write_text(json.dumps({**values, "normalise": "exposure", "score": "calibrated"}))
+    return ["--config", recipe, "--data-root", parts, "--experiments-dir", tmp_path, *more]
+
+
+def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
+    some = ["--only", "base", "half the steps", "no comparator", "--seeds", 1, 2]
+    out = printed(script("ablate", *ablation_words(parts, tmp_path, *some)))
+    assert "| half the steps |" in out and "±" in out
+    folder = tmp_path / "local" / "ablations-recipe"
+    rows = read_csv(folder / "results.csv")
+    assert [(row["ablation"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("base", "half the steps", "no comparator") for seed in ("1", "2")
+    ]
+    base = {row["seed"]: float(row["auroc"]) for row in rows if row["ablation"] == "base"}
+    for row in rows:
+        expected = float(row["auroc"]) - base[row["seed"]]
+        assert float(row["difference"]) == pytest.approx(expected, abs=2e-6)
+    assert rows[-1]["auroc_comparator"] == "" and rows[0]["auroc_comparator"]
+    config = read_json(folder / "half-the-steps/parts/seed1/config.json")
+    assert config["steps"] == TINY["steps"] // 2
+    before = {p: p.read_bytes() for p in folder.rglob("metrics.json")}
+    printed(script("ablate", *ablation_words(parts, tmp_path, *some)))
+    assert {p: p.read_bytes() for p in folder.rglob("metrics.json")} == before
+    # A damaged run of before is left out with a warning, whatever is asked for now
+    next(folder.glob("half*/parts/seed2/metrics.json")).write_text("{")
+    code, out, err = script("ablate", *ablation_words(parts, tmp_path, "--only=base", "--seeds=1"))
+    assert code == 0 and "warning: not in the tables: " in err
+    assert len(read_csv(folder / "results.csv")) == len(rows) - 1
+
+
+def test_a_table_that_nothing_was_done_for_is_not_printed(script, parts, tmp_path):
+    def tables() -> dict:
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("results.*")}
+
+    words, folder = ablation_words(parts, tmp_path, "--only=base"), tmp_path / "local"
+    printed(script("ablate", *words, "--seeds=1"))
+    before = tables()
+    code, out, err = script("ablate", *words, "--seeds=1", "--steps=9")
+    assert code == 1 and out == "" and "steps (6 there, 9 asked)" in err
+    assert tables() == before
+    # And a printed table is of what was asked for
+    printed(script("ablate", *words, "--seeds=2"))
+    assert "seeds 1:" in printed(script("ablate", *words, "--seeds=1"))
+    assert "seeds 1, 2" in (folder / "ablations-recipe/results.md").read_text()
+
+
+def test_an_ablation_that_fails_leaves_the_others_their_runs(script, parts, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(parts / "parts", root / "whole")
+    shutil.copytree(parts / "parts/train", root / "untested/train")
+    words = ["--only", "base", "no encoder loss", "--categories", "untested", "whole"]
+    code, out, err = script("ablate", *ablation_words(root, tmp_path, *words))
+    assert code == 1 and out.count("whole seed 42: AUROC") == 2
+    assert [line for line in err.splitlines() if line.startswith("failed")] == [
+        f"failed {name}, untested seed 42: no test/, so nothing can be compared"
+        for name in ("base", "no encoder loss")
+    ]
+    assert "| no encoder loss |" in out and "untested" not in out
+
+
+def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_path):
+    words = ["--data-root", parts, "--experiments-dir", tmp_path, "--recipe=paper", "--dry-run"]
+    words += ["--dataset=folder", "--category=parts", "--seed=7"]
+    code, out, err = script("ablate", *words)
+    # Three that change nothing of the paper's recipe are left out
+    assert code == 0 and out.count("parts/seed7: train") == len(out.splitlines())
+    assert len(out.splitlines()) == len(load_script("ablate").ABLATIONS) - 3
+    assert "images as they are, no comparator, no corruption, no comparator" in err
+
+
+def test_every_ablation_changes_the_recipe_and_none_twice_alike():
+    ablate = load_script("ablate")
+    recipe = Config(
+        dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="exposure",
+        score="calibrated",
+    )  # fmt: skip
+    configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]
+    assert configs[0] == recipe and len(set(configs)) == len(configs)
+    assert len({ablate.slug(name) for name, _ in ablate.ABLATIONS}) == len(configs)
+
+
+def test_a_folder_that_is_the_category_is_taken_by_every_command(script, parts, tmp_path):
+    where = ["--data-root", parts / "parts", "--experiments-dir", tmp_path]
+    words = ["--dataset=folder", *where]
+    assert "parts seed 42: AUROC" in printed(script("benchmark", *words, *TINY_FLAGS))
+    printed(script("train", *words, *TINY_FLAGS))
+    assert folder_of(tmp_path).is_dir()
+    printed(script("evaluate", *words))
+    some = ["--only", "base", "no encoder loss", *ablation_words(parts, tmp_path)[:2]]
+    assert "| no encoder loss |" in printed(script("ablate", *words, *some))
+    # A report of folders says nothing of the digits; one of ablations has their table
+    code, _, err = script("report", *where)
+    assert code == 0 and "digits" not in err
+    ablations = "local/ablations-recipe"
+    line = refusal(script("report", *where, f"--experiment={ablations}"))
+    assert f"--experiment {ablations}/NAME takes base, no-encoder-loss" in line
+    printed(script("report", *where, f"--experiment={ablations}/base"))

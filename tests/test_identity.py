@@ -1,0 +1,235 @@
+"""What a finished run is known by, its images, config and code; --force; its lock; evaluate.py."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganomaly.runs import provenance
+
+from .conftest import (
+    ROOT,
+    benchmark_words,
+    contents,
+    draw,
+    draw_category,
+    folder_of,
+    numbers,
+    printed,
+    read_csv,
+    read_json,
+    refusal,
+    train_words,
+)
+
+
+def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_path):
+    words, before = train_words(parts, tmp_path), contents(finished)
+    table = tmp_path / "local/results.csv"
+    table.unlink()
+    out = printed(script("train", *words, "--checkpoint-every=2"))
+    assert out.startswith("trained already; --force") and table.is_file()
+    assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
+    assert contents(finished) == before
+    printed(script("train", *words, "--steps=7", "--force"))
+    assert read_json(finished / "config.json")["steps"] == 7
+
+
+def test_a_checkpoint_of_another_config_does_not_go_on(script, parts, finished, tmp_path):
+    for name in ("config.json", "metrics.json"):
+        (finished / name).unlink()
+    line = refusal(script("train", *train_words(parts, tmp_path, "--width=5")))
+    assert "width (4 there, 5 asked)" in line
+
+
+def test_a_named_experiment_keeps_its_recipe_until_forced(script, parts, tmp_path):
+    words = [*train_words(parts, tmp_path), "--experiment=mine"]
+    recipe = tmp_path / "mine/config.json"
+    printed(script("train", *words, "--seed=7"))
+    saved = read_json(recipe)
+    assert (saved["seed"], saved["category"], saved["width"]) == (42, None, 4)
+    line = refusal(script("train", *words, "--seed=8", "--width=5"))
+    assert "width (4 there, 5 asked)" in line and "ARGS=--force" in line
+    line = refusal(script("train", "--config", recipe, *words, "--lr=1"))
+    assert "another recipe: lr" in line
+    printed(script("train", *words, "--seed=7", "--width=5", "--force"))
+    assert read_json(recipe)["width"] == 5
+    printed(script("train", *words, "--seed=8", "--width=5"))
+    printed(script("train", *words, "--seed=7", "--width=6", "--force"))  # seed 8 stays as it was
+    rows = read_csv(tmp_path / "mine/results.csv")
+    assert [row["category"] for row in rows] == ["parts", "parts"]  # and there are no means
+    both = ["--dataset=folder", *benchmark_words(parts, tmp_path, "--experiment=mine")]
+    both += ["--width=6", "--seeds", 7, 8]
+    code, out, err = script("benchmark", *both)
+    assert code == 1 and "failed parts seed 8: " in err and "width (5 there, 6 asked)" in err
+    assert "done before" not in printed(script("benchmark", *both, "--force"))
+    assert "all 2 runs were done before" in printed(script("benchmark", *both))
+
+
+def test_images_replaced_in_place_are_other_images(script, tmp_path):
+    def bmp(place: str, low: int, n: int) -> None:
+        """Uncompressed images: n of the same names and sizes, of other pixels for another low."""
+        rng = np.random.default_rng(low)
+        folder = tmp_path / "images/parts" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = rng.integers(low, low + 30, (40, 40), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:02}.bmp")
+
+    for place, n in (("train/good", 24), ("test/good", 4), ("test/bad", 4)):
+        bmp(place, 60, n)
+    words, page = train_words(tmp_path / "images", tmp_path), tmp_path / "local/report.html"
+    report = ["report", "--experiments-dir", tmp_path, "--data-root", tmp_path / "images"]
+    printed(script("train", *words))
+    printed(script(*report))
+    assert "data:image/png" in page.read_text()
+    bmp("test/bad", 200, 4)
+    printed(script(*report))
+    assert "its test images changed since; make evaluate" in page.read_text()
+    bmp("train/good", 200, 24)
+    draw_category(tmp_path / "other/parts", n_train=30, seed=5)
+    before = contents(folder_of(tmp_path))
+    for root in ("images", "other"):
+        for command in (["train"], ["train", "--dry-run"], ["evaluate"]):
+            line = refusal(script(*command, *words, "--data-root", tmp_path / root))
+            assert "trained on other images" in line and "ARGS=--force" in line
+    assert "no folder" in refusal(script("train", *words, "--data-root", tmp_path / "nowhere"))
+    assert contents(folder_of(tmp_path)) == before
+    printed(script("train", *words, "--force"))
+
+
+def test_test_images_that_came_later_or_changed_are_evaluated(script, parts, trained, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(parts / "parts/train", root / "parts/train")
+    words, model = train_words(root, tmp_path), folder_of(tmp_path) / "model.pt"
+    assert "nothing could be evaluated" in printed(script("train", *words))
+    weights = model.read_bytes()
+    shutil.copytree(parts / "parts/test", root / "parts/test")
+    line = "evaluate again, its test images changed"
+    assert line in printed(script("train", *words, "--dry-run"))
+    out = printed(script("train", *words))
+    assert "evaluated again" in out and "4 good and 5 defective tested" in out
+    assert model.read_bytes() == weights
+    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+    assert printed(script("train", *words)).startswith("trained already; --force")
+    (root / "parts/test/a_bar/000.png").unlink()
+    assert "4 good and 4 defective tested" in printed(script("train", *words))
+    words = benchmark_words(root, tmp_path, "--dataset=folder")
+    printed(script("benchmark", *words))
+    (root / "parts/test/a_bar/001.png").unlink()
+    out = printed(script("benchmark", *words))
+    assert "(evaluated again)" in out and "done before" not in out
+
+
+def test_other_code_is_refused_with_the_modules_names(
+    script, parts, finished, tmp_path, monkeypatch
+):
+    """test_clone.py edits the code itself."""
+    words = train_words(parts, tmp_path)
+    hashes = {**provenance.code(), "losses.py": "0", "new.py": "1"}
+    assert {"losses.py", "training.py", "scoring.py", "images.py"} <= hashes.keys()
+    assert not {"report.py", "config.py", "cli.py"} & hashes.keys()
+    monkeypatch.setattr(provenance, "code", lambda: hashes)
+    for more in ([], ["--dry-run"]):
+        line = refusal(script("train", *words, *more))
+        assert "other code (losses.py, new.py changed since)" in line
+    # An experiment of its own has no such run
+    printed(script("benchmark", *benchmark_words(parts, tmp_path, "--dataset=folder")))
+    printed(script("evaluate", *words))  # of the model as it is
+    printed(script("train", *words, "--force"))
+    assert printed(script("train", *words)).startswith("trained already")
+
+
+def test_why_a_model_or_a_checkpoint_does_not_fit_is_said(script, parts, finished, tmp_path):
+    name, key = "encoder1.features.2.weight", "generator"
+    for file, command in (("model.pt", "evaluate"), ("last.pt", "train")):
+        state = torch.load(finished / file, weights_only=True)
+        networks = state.get("networks", state)
+        networks[key][name] = networks[key][name][:1]
+        torch.save(state, finished / file)
+        line = refusal(script(command, *train_words(parts, tmp_path)))
+        assert f"size mismatch for {name}" in line
+        (finished / "metrics.json").unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_force_takes_back_our_files_only_and_survives_a_kill(
+    script, parts, trained, tmp_path, monkeypatch
+):
+    more = ["--steps=8", "--lr=1e-3"]
+    printed(script("train", *train_words(parts, tmp_path / "new", *more)))
+    expected = numbers(folder_of(tmp_path / "new"))
+    unlink, removed = type(tmp_path).unlink, []
+
+    def dying(path, *args, **kwargs):
+        removed.append(path.name)
+        if len(removed) == n:
+            raise KeyboardInterrupt
+        return unlink(path, *args, **kwargs)
+
+    for n in range(1, 9):
+        out = tmp_path / str(n)
+        shutil.copytree(trained, out)
+        folder, words = folder_of(out), train_words(parts, out, *more)
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / "notes.txt").write_text("mine")
+        removed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder), "unlink", dying)
+            assert script("train", *words, "--force")[0] == 130
+        assert "another config" in refusal(script("train", *words))  # half taken back
+        printed(script("train", *words, "--force"))
+        assert numbers(folder) == expected and (folder / "notes.txt").read_text() == "mine"
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    """A process that holds a folder's lock."""
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        f"from ganomaly.files import locked\n"
+        f"with locked(Path({str(folder)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.slow
+def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(script, parts, tmp_path):
+    words, folder = train_words(parts, tmp_path), folder_of(tmp_path)
+    for commands, last in ((["train"], "train"), (["train", "evaluate"], "evaluate")):
+        other = holder(folder)
+        before = contents(folder)
+        for command in commands:
+            line = refusal(script(command, *words))
+            assert "another process is at work on this run" in line
+        assert contents(folder) == before and ".lock" in before
+        other.kill()
+        other.wait()
+        printed(script(last, *words))
+
+
+def test_evaluate_rewrites_identical_numbers(script, parts, finished, tmp_path):
+    names = ("metrics.json", "scores.csv", "../../results.csv")
+    before = [(finished / name).read_bytes() for name in names]
+    (finished / "scores.csv").unlink()
+    words = train_words(parts, tmp_path)[:6]  # the config is the run's own
+    out = printed(script("evaluate", *words))
+    assert "AUROC" in out and "changed   nothing" in out
+    assert [(finished / name).read_bytes() for name in names] == before
+    assert "width" in refusal(script("evaluate", *words, "--width=9"))
+    assert "no finished run" in refusal(script("evaluate", *words, "--seed=3"))
+
+
+def test_evaluate_on_more_images_forgets_looks_at_the_others(script, parts, finished, tmp_path):
+    shutil.copytree(parts, tmp_path / "images")
+    words, curve = train_words(tmp_path / "images", tmp_path), finished / "curve.csv"
+    printed(script("evaluate", *words))
+    assert curve.is_file()
+    draw(tmp_path / "images/parts/test/good/new.png", np.random.default_rng(7))
+    assert "n_test_good" in printed(script("evaluate", *words)) and not curve.exists()

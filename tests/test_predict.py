@@ -1,0 +1,264 @@
+"""predict.py and export.py, and what --output may be."""
+
+import csv
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganomaly import load
+
+from .conftest import (
+    ROOT,
+    contents,
+    folder_of,
+    guard,
+    load_script,
+    printed,
+    read_csv,
+    refusal,
+    train_words,
+)
+
+CALIBRATED = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated".split()
+
+
+@pytest.fixture
+def predict(script, trained):
+    """predict(images, ...) -> (exit code, rows, standard error), of the run that is trained."""
+
+    def call(*words) -> tuple[int, list[dict], str]:
+        model = folder_of(trained) / "model.pt"
+        code, out, err = script("predict", "--model", model, "--images", *words)
+        return code, list(csv.DictReader(io.StringIO(out, newline=""))), err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def calibrated(parts, tmp_path_factory) -> Path:
+    """The model of a run of every part there is."""
+    out = tmp_path_factory.mktemp("calibrated")
+    words = train_words(parts, out, *CALIBRATED)
+    assert guard(load_script("train").main, [str(x) for x in words]) == 0
+    return folder_of(out) / "model.pt"
+
+
+def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
+    code, rows, err = predict(parts / "parts/test")
+    recorded = read_csv(folder_of(trained) / "scores.csv")
+    assert code == 0 and len(rows) == 9 and "9 images" in err
+    assert list(rows[0]) == ["path", "score", "threshold", "verdict", "p_value"]
+    for row, known in zip(rows, recorded, strict=True):
+        assert row["path"].endswith(known["path"])
+        assert float(row["score"]) == pytest.approx(float(known["latent"]), rel=1e-5)
+        above = float(row["score"]) > float(row["threshold"])
+        assert row["verdict"] == ("defective" if above else "normal")
+        assert above == (float(row["p_value"]) <= 1 / 11)  # ten held out: the largest of them
+
+
+def test_a_quantile_moves_the_threshold_and_says_what_it_stands_for(predict, parts):
+    counts = []
+    for quantile, rank in (("0.3", 4), ("0.7", 8)):
+        code, rows, err = predict(parts / "parts/test", "--quantile", quantile)
+        level = 1 - rank / 11
+        assert code == 0 and f"{level:.1%} are expected above the threshold" in err
+        for row in rows:  # to the digits that are written
+            assert (row["verdict"] == "defective") == (float(row["p_value"]) < level + 1e-3)
+        counts.append(sum(row["verdict"] == "defective" for row in rows))
+    assert counts[0] >= counts[1]
+    line = refusal(predict(parts / "parts/test", "--quantile", "95"))
+    assert "quantile: 95.0 is not allowed" in line
+
+
+def test_paths_come_from_patterns_and_pipes_in_their_order(predict, parts, tmp_path, monkeypatch):
+    def piped(content: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return predict("-")
+
+    test = parts / "parts" / "test"
+    code, rows, _ = predict(test / "**" / "00[12].png")
+    expected = [str(test / d / f"00{i}.png") for d in ("a_bar", "good") for i in (1, 2)]
+    assert code == 0 and [row["path"] for row in rows] == expected
+    image = test / "good" / "003.png"
+    lines = [str(path) for path in (image, test / "gone.png", test / "a_bar", image)]
+    code, rows, err = piped("\n".join(lines).encode())
+    assert code == 1 and [row["path"] for row in rows] == lines and "2 unreadable" in err
+    assert rows[0]["score"] == rows[3]["score"] and rows[1]["score"] == ""
+    assert "No such file" in rows[1]["verdict"] and "directory" in rows[2]["verdict"]
+    code, rows, _ = piped("a\x0cb.png\nc\u2028d.png\r".encode())
+    assert [row["path"] for row in rows] == ["a\x0cb.png", "c\u2028d.png"]
+    assert "no paths came" in refusal(piped(b"\n"))
+    assert "-print0" in refusal(piped(b"a.png\0b.png\0"))
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (test / "*.tif", "no image matches"),
+        (tmp_path / "none", "no such image"),
+        (tmp_path / "empty", "no images"),
+    ):
+        assert message in refusal(predict(path))
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(predict, parts, monkeypatch):
+    test, real = parts / "parts" / "test", os.scandir
+
+    def closed(path):  # root may read anything
+        if str(path).endswith("a_bar"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    code, rows, _ = predict(test)
+    verdicts = {row["path"]: row["verdict"] for row in rows}
+    assert code == 1 and len(rows) == 5
+    assert verdicts[str(test / "a_bar")].startswith("unreadable: ")
+
+
+def test_heat_maps_keep_relative_paths_and_one_scale(predict, parts, tmp_path):
+    shutil.copytree(parts / "parts/test", test := tmp_path / "test")
+    heat = tmp_path / "heat"
+    code, _, err = predict(test, "--heatmaps", heat)
+    assert code == 0 and f"heat maps in {heat}" in err
+    names = {path.relative_to(test) for path in test.rglob("*.png")}
+    assert {path.relative_to(heat) for path in heat.rglob("*.png")} == names
+    with Image.open(heat / "a_bar" / "000.png") as picture:
+        assert picture.size == (768, 256)
+        left = np.asarray(picture)[:, :256].astype(int)
+    with Image.open(test / "a_bar" / "000.png") as image:
+        assert abs(left - np.asarray(image.resize((256, 256), 2)).astype(int)).max() <= 1
+
+
+def test_no_heat_map_falls_on_an_image_or_on_another_heat_map(predict, parts, tmp_path):
+    for name in ("test", "copies"):
+        shutil.copytree(parts / "parts/test", tmp_path / name)
+    test, copies, mine = (tmp_path / name for name in ("test", "copies", "mine"))
+    (mine / "good").mkdir(parents=True)
+    shutil.copy(test / "good/000.png", mine / "good")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    inside = "holds images to score"
+    # The folder of the images, one of another input, one with a file that is nobody's input
+    assert inside in refusal(predict(test, "--heatmaps", test))
+    assert inside in refusal(predict(copies / "good", test, "--heatmaps", copies))
+    assert "none of ours" in refusal(predict(test, "--heatmaps", mine))
+    line = refusal(predict(test / "good", test / "a_bar", "--heatmaps", tmp_path / "heat"))
+    assert "score them apart" in line
+    # Heat maps among the images would be scored the next time
+    assert predict(test, "--heatmaps", test / "heat")[0] == 0
+    assert inside in refusal(predict(test, "--heatmaps", test / "heat"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_predict_waits_for_no_import_that_it_does_not_need(calibrated, parts, tmp_path):
+    code = (
+        "import runpy, sys; script = sys.argv.pop(1); sys.argv[0] = script\n"
+        "try: runpy.run_path(script, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print({'sklearn', 'scipy', 'torchvision', 'tensorboard'} & set(sys.modules))"
+    )
+    words = [ROOT / "scripts/predict.py", "--model", calibrated, "--images", parts / "parts/test"]
+    words += ["--output", tmp_path / "scores.csv", "--heatmaps", tmp_path / "maps"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
+# What --output may be
+
+
+def test_an_output_spares_the_inputs_and_what_cannot_be_written_to(
+    script, finished, parts, tmp_path, monkeypatch
+):
+    model, before = finished / "model.pt", contents(finished)
+    image = shutil.copy(parts / "parts/test/good/000.png", tmp_path)
+    words = ["predict", "--model", model, "--images", image, "--output"]
+    for bad in (model, image, tmp_path):
+        assert "--output" in refusal(script(*words, bad))
+    assert "is the model" in refusal(script("export", "--model", model, "--output", model))
+    assert contents(finished) == before
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "no folder" in refusal(script("train", "--dataset=folder", "--data-root", loop))
+    printed(script(*words, loop))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert "cannot be written to" in refusal(script(*words, tmp_path / "closed" / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    "command", ["predict", "report", pytest.param("export", marks=pytest.mark.slow)]
+)
+def test_an_output_goes_through_links_and_pipes(script, finished, parts, tmp_path, command):
+    model = ["--model", finished / "model.pt"]
+    words = {
+        "predict": [*model, "--images", parts / "parts/test"],
+        "report": ["--experiments-dir", tmp_path, "--experiment", "local"],
+        "export": model,
+    }[command]
+    target, link, fifo, read = (tmp_path / name for name in ("target", "link", "fifo", "read"))
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(fifo)
+    printed(script(command, *words, "--output", link))
+    written = target.read_bytes()
+    assert link.is_symlink() and len(written) > (400 if command == "predict" else 1000)
+    with open(read, "wb") as file:
+        reader = subprocess.Popen(["timeout", "30", "cat", fifo], stdout=file)
+    printed(script(command, *words, "--output", fifo))
+    assert fifo.is_fifo() and reader.wait() == 0
+    assert read.stat().st_size == pytest.approx(len(written), rel=0.01)
+    assert command != "predict" or written == read.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line(trained, parts):
+    words = ["--model", folder_of(trained) / "model.pt", "--images", parts / "parts" / "test"]
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, ROOT / "scripts/predict.py", *words]
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left" in done.stderr.splitlines()[-1]
+    assert "Exception" not in done.stderr
+
+
+# export.py
+
+
+@pytest.mark.slow
+def test_an_exported_program_says_the_same_without_this_repository(calibrated, tmp_path):
+    # The real process: what it imports while it traces must not end in the program
+    words = ["--model", calibrated, "--output", tmp_path / "program.pt2", "--quantile", "0.5"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/export.py", *words], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "45.5% of normal images" in done.stdout
+    detector = load(calibrated, "cpu")
+    detector.set_quantile(0.5)
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images.pt")
+    # A process that cannot import ganomaly; any number of images, one too
+    code = (
+        "import torch, sys; run = torch.export.load('program.pt2').module()\n"
+        "images = torch.load('images.pt')\n"
+        "torch.save([run(images), run(images[:1])], 'answers.pt')\n"
+        "assert 'ganomaly' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for answer, part in zip(torch.load(tmp_path / "answers.pt"), (images, images[:1])):
+        ours = detector(part)
+        torch.testing.assert_close(answer[0], ours.scores, rtol=1e-5, atol=1e-6)
+        assert torch.equal(answer[1], ours.defective)
+        torch.testing.assert_close(answer[2], detector.heat_maps(part), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["latent", "latent_whitened", "feature"])
+def test_any_score_can_be_exported(script, parts, tmp_path, score):
+    printed(script("train", *train_words(parts, tmp_path, f"--score={score}")))
+    out = printed(script("export", "--model", folder_of(tmp_path) / "model.pt"))
+    assert f"{score} scores" in out and (folder_of(tmp_path) / "model.pt2").is_file()

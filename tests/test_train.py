@@ -1,0 +1,361 @@
+"""train.py on drawn images: what a run leaves, what it depends on, and what may interrupt it."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganomaly import data, images
+from ganomaly.config import FIELDS, SCORES, Config
+from ganomaly.detector import Detector
+from ganomaly.runs import evaluation, experiment, pipeline
+from ganomaly.runs.run import Recorder, Run
+from ganomaly.training import NAMES
+
+from .conftest import (
+    CHANGES,
+    ROOT,
+    TINY,
+    benchmark_words,
+    contents,
+    draw,
+    draw_category,
+    folder_of,
+    numbers,
+    printed,
+    read_csv,
+    read_json,
+    refusal,
+    train_words,
+)
+
+FIELDS_OF_METRICS = {
+    "category", "seed", "score", "auroc", "average_precision", "threshold", "f1", "precision",
+    "recall", "accuracy", "f1_max", "f1_trivial", "auroc_brightness", "auroc_mean_distance",
+    "auroc_pca", "n_train", "n_calibration", "n_test_good", "n_test_defective", "train_seconds",
+    "images_per_second", "scores", "provenance",
+}  # fmt: skip
+
+
+def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = train_words(parts, tmp_path, "--steps=100", "--checkpoint-every=50")
+    out, folder = printed(script("train", *words)), folder_of(tmp_path)
+    for word in ("AUROC", "brightness", "mean image", "PCA-40", "F1-max", "calling all"):
+        assert word in out
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "log.jsonl", "last.pt", "model.pt", "scores.csv"} < names
+    assert {"metrics.json", "samples.png"} < names and not any("tmp" in name for name in names)
+    metrics = read_json(folder / "metrics.json")
+    assert FIELDS_OF_METRICS <= set(metrics) and set(metrics["scores"]) == set(Config().scores)
+    origin = {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"}
+    assert origin <= set(metrics["provenance"])
+    assert (metrics["pixel_auroc"], metrics["auroc_brightness_raw"]) == (None, None)
+    assert metrics["auroc"] == metrics["scores"]["latent"]
+    assert (metrics["n_train"], metrics["n_calibration"]) == (14, 10)
+    assert (metrics["n_test_good"], metrics["n_test_defective"]) == (4, 5)
+    assert read_json(folder / "config.json").keys() == FIELDS.keys()
+    log = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [50, 100]
+    rows = read_csv(folder / "scores.csv")
+    assert list(rows[0]) == ["path", "defect", "label", *Config().scores]
+    assert rows[0]["path"] == "test/a_bar/000.png" and rows[0]["label"] == "1"
+    assert rows[8]["defect"] == "good" and rows[8]["label"] == "0"
+    # No path of this machine is in what git keeps
+    for name in ("config.json", "metrics.json", "scores.csv"):
+        assert str(parts) not in (folder / name).read_text()
+    local = tmp_path / "local"
+    assert (local / "results.csv").is_file() and not (local / "config.json").exists()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    assert {f"loss/{name}" for name in NAMES} | {"speed/images_per_second"} == set(tags["scalars"])
+    assert [e.step for e in events.Scalars("loss/contextual")] == [50, 100]
+    assert [e.step for e in events.Images("reconstructions")] == [50, 100]
+    kinds = ("calibration", "good", "defective")
+    scores = {f"{score}/{kind}" for score in Config().scores for kind in kinds}
+    assert set(tags["histograms"]) == scores | {"latent/z", "latent/z - z_hat"}
+    (config,) = events.Tensors("config/text_summary")
+    assert b'"latent_dim": 8' in config.tensor_proto.string_val[0]
+
+
+def test_same_command_same_bytes_alone_or_after_another(script, parts, trained, tmp_path):
+    for more in (["--seed=1"], []):
+        printed(script("train", *train_words(parts, tmp_path, *more)))
+    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+
+
+def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
+    assert CHANGES.keys() == FIELDS.keys()
+    shutil.copytree(parts / "parts", tmp_path / "images" / "parts")
+    draw_category(tmp_path / "images" / "7", seed=1)
+    base = Config(dataset="folder", category="parts", **TINY)
+    saved, threads = [], []
+    real = Recorder.save
+    monkeypatch.setattr(Recorder, "save", lambda *a: saved.append(a[1]["step"]) or real(*a))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def results(name, config):
+        saved.clear()
+        threads.clear()
+        setting = pipeline.Setting(tmp_path / "images", torch.device("cpu"))
+        pipeline.run_one(config, tmp_path / name, setting)
+        metrics, scores = numbers(Run(tmp_path / name, config.category, config).folder)
+        for echoed in ("category", "dataset", "seed", "score"):
+            del metrics[echoed]
+        return metrics, scores, list(saved), list(threads)
+
+    expected = results("base", base)
+    for name, value in {**CHANGES, "channels": 1}.items():
+        more = {"category": "3", "dataset": "digits"} if name == "dataset" else {name: value}
+        start = expected
+        if name == "comparator_width":
+            more, start = {**more, "corrupted": 0.5}, results("c", base.replace(corrupted=0.5))
+        assert results(name, base.replace(**more)) != start, f"{name} changes nothing"
+    assert results("again", base) == expected  # so that the differences above mean something
+
+
+def test_training_never_sees_calibration_or_test_images(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts")
+    printed(script("train", *train_words(tmp_path / "images", tmp_path / "a")))
+    _, held_out = data.split_calibration(24, Config(category="parts"))
+    rng = np.random.default_rng(5)
+    files = images.image_files(root / "train" / "good")
+    for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):
+        draw(path, rng, defective=True, size=64)
+    printed(script("train", *train_words(tmp_path / "images", tmp_path / "b")))
+    states = [torch.load(folder_of(tmp_path / run) / "model.pt", weights_only=True) for run in "ab"]
+    for network, state in states[0]["networks"].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1]["networks"][network][name]), name
+    assert states[0]["threshold"] != states[1]["threshold"]  # they were calibrated with
+
+
+def test_the_last_look_is_the_result_and_looking_changes_nothing(
+    script, parts, tmp_path, monkeypatch
+):
+    a, b = (train_words(parts, tmp_path / name, "--checkpoint-every=2") for name in "ab")
+    printed(script("train", *a))
+    metrics, scores = numbers(folder_of(tmp_path / "a"))
+    rows = read_csv(folder_of(tmp_path / "a") / "curve.csv")
+    assert [row.pop("step") for row in rows] == ["2", "4", "6"]
+    assert rows[-1] == {name: f"{value:.6g}" for name, value in metrics["scores"].items()}
+    assert (tmp_path / "a/local/curves.svg").is_file()
+    monkeypatch.setattr(Recorder, "preview", lambda *_: None)
+    printed(script("train", *b))
+    assert numbers(folder_of(tmp_path / "b")) == (metrics, scores)
+
+
+@pytest.mark.slow
+def test_a_calibrated_run_has_every_score_and_figures_of_pixels(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
+    for path in (root / "test" / "a_bar").iterdir():  # the bar is what is over 240
+        bar = np.asarray(Image.open(path)).min(2) > 240
+        mask = root / "ground_truth" / "a_bar" / f"{path.stem}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(bar).save(mask)
+    words = train_words(tmp_path / "images", tmp_path, "--steps=200", "--width=8")
+    words += "--corrupted=.5 --comparator-width=4 --normalise=exposure --score=calibrated".split()
+    printed(script("train", *words))
+    metrics, _ = numbers(folder_of(tmp_path))
+    assert set(metrics["scores"]) == set(SCORES)
+    assert metrics["auroc"] == metrics["scores"]["calibrated"] > 0.9
+    assert metrics["pixel_auroc"] > 0.8
+    # The bars make an image brighter; of what the network sees that is gone
+    assert (metrics["auroc_brightness_raw"], metrics["auroc_brightness"]) == (1.0, 0.5)
+
+
+@pytest.mark.slow
+def test_labels_are_not_inverted(script, tmp_path):
+    """Bars that no normal image has score higher, and by every score that sees pixels."""
+    draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
+    words = train_words(tmp_path / "images", tmp_path, "--steps=150", "--width=8", "--lr=1e-3")
+    printed(script("train", *words))
+    metrics, _ = numbers(folder_of(tmp_path))
+    assert metrics["scores"]["contextual"] > 0.8
+    assert metrics["auroc_pca"] > 0.9 and metrics["auroc_brightness"] > 0.9
+
+
+def test_masks_without_a_defective_pixel_give_a_note_and_no_figure(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts")
+    masks = root / "ground_truth" / "a_bar"
+    masks.mkdir(parents=True)
+    for i in range(5):
+        Image.new("L", (40, 40), i % 2).save(masks / f"{i:03}_mask.png")  # 0 and 1, not 255
+    code, _, err = script("train", *train_words(tmp_path / "images", tmp_path))
+    assert code == 0 and "no pixel of any mask is defective" in err
+    assert numbers(folder_of(tmp_path))[0]["pixel_auroc"] is None
+
+
+def test_without_test_images_it_trains_calibrates_and_says_so(script, tmp_path):
+    draw_category(tmp_path / "images" / "parts", n_good=0, defects=())
+    out = printed(script("train", *train_words(tmp_path / "images", tmp_path)))
+    assert "nothing could be evaluated" in out
+    metrics, scores = numbers(folder_of(tmp_path))
+    assert metrics["auroc"] is None and metrics["auroc_pca"] is None and metrics["threshold"] > 0
+    assert scores.count("\n") == 1 and (folder_of(tmp_path) / "model.pt").is_file()
+
+
+def test_names_that_are_not_utf8_are_kept(script, tmp_path):
+    root = draw_category(tmp_path / "images" / "parts")
+    name, good = os.fsdecode(b"sch\xf6n.png"), root / "test" / "good"
+    (good / "000.png").rename(good / name)
+    printed(script("train", *train_words(tmp_path / "images", tmp_path)))
+    assert b"test/good/sch\xf6n.png" in (folder_of(tmp_path) / "scores.csv").read_bytes()
+    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", good]
+    printed(script("predict", *words, "--output", tmp_path / "o.csv"))
+    assert b"sch\xf6n.png" in (tmp_path / "o.csv").read_bytes()
+
+
+def test_a_network_that_diverged_is_one_line(script, parts, tmp_path, monkeypatch):
+    real = pipeline.train
+
+    def diverged(*args):
+        trained = real(*args)
+        torch.nn.init.constant_(trained.networks["generator"].encoder2.head.weight, float("inf"))
+        return trained
+
+    monkeypatch.setattr(pipeline, "train", diverged)
+    assert "not finite" in refusal(script("train", *train_words(parts, tmp_path)))
+
+
+# Interruptions
+
+
+def phases(monkeypatch, error):
+    """Make each stage of a run fail in turn; yields the stage's name."""
+    stages = [
+        (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Recorder, "save"),
+        (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
+        (Run, "write_scores"), (evaluation, "figures"), (evaluation, "write_json"),
+        (pipeline, "write_torch"), (experiment, "write_results"),
+    ]  # fmt: skip
+
+    def fail(*args, **kwargs):
+        raise error
+
+    for owner, name in stages:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            yield name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "some/file"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (torch.AcceleratorError("CUDA error: out of memory"), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2),
+    ],
+    ids=["ctrl-c", "disk", "permission", "gpu memory", "gpu memory, beside torch", "memory"],
+)
+def test_ctrl_c_and_other_troubles_in_every_phase(
+    script, parts, trained, tmp_path, monkeypatch, error, code
+):
+    printed(script("train", *train_words(parts, tmp_path, "--seed=1")))  # a result beside
+    beside = contents(folder_of(tmp_path, seed=1))
+    words = train_words(parts, tmp_path, "--checkpoint-every=2")
+    for stage in phases(monkeypatch, error):
+        got, _, err = script("train", *words)
+        lines = [line for line in err.splitlines() if line and "seed 42: " not in line]
+        assert got == code and len(lines) == 1 and "Traceback" not in err, (stage, err)
+        assert lines[0].startswith(("error: ", "interrupted")), (stage, err)
+    printed(script("train", *words))  # goes on from where it was
+    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+    assert contents(folder_of(tmp_path, seed=1)) == beside
+
+
+def test_a_lost_gpu_ends_the_process_and_is_no_failed_run(script, parts, tmp_path, monkeypatch):
+    asked = []
+
+    def lost(config, *_):
+        asked.append(config.seed)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "train", lost)
+    words = benchmark_words(parts, tmp_path, "--dataset=folder", "--seeds", "1", "2")
+    with pytest.raises(torch.AcceleratorError):
+        script("benchmark", *words)
+    assert asked == [1]
+
+
+def test_a_figure_that_fails_costs_no_model(script, parts, trained, tmp_path, monkeypatch):
+    words, model = train_words(parts, tmp_path), folder_of(tmp_path) / "model.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "pixel_auroc", lambda *_: np.empty(2**60, np.uint8))
+        assert "out of memory" in refusal(script("train", *words))
+    printed(script("predict", "--model", model, "--images", parts / "parts/test"))
+    printed(script("train", *words))  # it goes on behind the last step
+    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+
+
+def test_old_metrics_beside_an_interrupted_retraining_do_not_make_it_finished(
+    script, parts, trained, finished, tmp_path, monkeypatch
+):
+    """A fresh clone has committed metrics.json files and no model.pt."""
+    words = train_words(parts, tmp_path)
+    (finished / "model.pt").unlink()
+    edited = {**read_json(finished / "metrics.json"), "auroc": 0.123}
+    (finished / "metrics.json").write_text(json.dumps(edited))
+    for stage in phases(monkeypatch, KeyboardInterrupt()):
+        assert "0.123" not in script("train", *words)[1], stage
+    printed(script("train", *words))
+    assert numbers(finished) == numbers(folder_of(trained))
+
+
+def start(words) -> subprocess.Popen:
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "scripts/train.py", *map(str, words)], cwd=ROOT, **pipes
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.time() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline, "the run never got there"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_kill_9_then_the_same_command_gives_the_same_bytes(script, parts, tmp_path):
+    more = ["--steps=400", "--checkpoint-every=20"]
+    whole, folder = folder_of(tmp_path / "whole"), folder_of(tmp_path / "killed")
+    printed(script("train", *train_words(parts, tmp_path / "whole", *more)))
+    words = train_words(parts, tmp_path / "killed", *more)
+    process = start(words)
+    wait_for(folder / "last.pt", process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "metrics.json").exists(), "killed too late to show anything"
+    printed(script("train", *words))
+    assert numbers(folder) == numbers(whole)
+    curves = [(f / "curve.csv").read_text() for f in (folder, whole)]
+    assert curves[0] == curves[1] and curves[0].count("\n") == 21
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(50, 401, 50))
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_the_real_process_is_one_line_and_130(parts, tmp_path):
+    process = start(train_words(parts, tmp_path, "--steps=100000"))
+    wait_for(folder_of(tmp_path) / "log.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("interrupted: the same command")
