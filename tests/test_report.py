@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
@@ -89,49 +90,27 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     assert "no folder" in page.text and SENTENCE not in page.text
 
 
-def test_a_damaged_folder_is_told_and_injects_nothing(script, experiment, tmp_path):
+def test_a_damaged_folder_is_named_and_injects_nothing(script, experiment, tmp_path):
     root, name = experiment
     shutil.copytree(root / "runs", tmp_path / "runs")
     first, second = sorted((tmp_path / "runs" / "mine" / name).glob("seed*"))
-    text = (first / "metrics.json").read_text().replace('"latent"', '"<img src=x onerror=y>"')
-    (first / "metrics.json").write_text(text)
-    (first / "scores.csv").write_text(
-        (first / "scores.csv").read_text().replace("latent,", "<img src=x onerror=y>,", 1)
-    )
+    scores, metrics = first / "scores.csv", first / "metrics.json"
+    whole, whole_metrics, evil = scores.read_text(), metrics.read_text(), "<img src=x onerror=y>"
+    metrics.write_text(whole_metrics.replace('"latent"', f'"{evil}"'))
+    scores.write_text(whole.replace("latent,", f"{evil},", 1))
     page = written(script, tmp_path)
-    assert "x" not in page.sources and "<img src=x onerror=y>" in page.text
-    (first / "scores.csv").write_text("path,label\n" + (first / "scores.csv").read_text()[20:90])
+    assert "x" not in page.sources and evil in page.text
+    scores.write_text("path,label\n" + whole[20:90])
     (second / "metrics.json").write_text("{")
     page = written(script, tmp_path)
     assert "gone or damaged" in page.text and "not a complete metrics.json" in page.text
-    shutil.copy(root / "runs" / "mine" / name / "seed42" / "metrics.json", first)
-    scores = (root / "runs" / "mine" / name / "seed42" / "scores.csv").read_text()
-    (first / "scores.csv").write_text(scores.replace("test/", "../../"))
+    metrics.write_text(whole_metrics)
+    scores.write_text(whole.replace("test/", "../../"))
     page = written(script, tmp_path, "--data-root", root / "images")
     assert "names files outside of the category's folder" in page.text
-    (first / "scores.csv").unlink()
-    assert f"Charts of {name}: no scores.csv there" in written(script, tmp_path).text
+    scores.unlink()
     (tmp_path / "runs" / "mine" / "results.md").write_text("")
-    written(script, tmp_path)
-
-
-def test_nothing_to_report_on_is_refused(script, tmp_path):
-    code, _, err = script("report", "--experiments-dir", tmp_path)
-    assert code == 2 and "no finished run there" in err
-
-
-def test_charts_show_what_the_numbers_say():
-    labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
-    chart = charts.histogram(labels, scores, 0.5, "a<b")
-    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)".*?height="([\d.]+)"', chart)
-    full = f"{charts.H - 4:.1f}"
-    third = f"{(charts.H - 4) / 3:.1f}"
-    last = f"{charts.W * (1 - 1 / charts.BINS):.1f}"
-    assert bars == [("good", "0.0", full), ("bad", "0.0", third), ("bad", last, full)]
-    assert f'class="cut" d="M{charts.W / 2:.1f} 0' in chart
-    assert ">a&lt;b</text>" in chart
-    (line,) = re.findall(r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "x", 0.25))
-    assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
+    assert f"Charts of {name}: no scores.csv there" in written(script, tmp_path).text
 
 
 def test_a_browser_opens_it_without_a_word(script, experiment, tmp_path):
@@ -167,3 +146,51 @@ def test_a_panel_is_torchvisions_grid_without_its_import(n, channels, size):
     rows = torch.cat([(x + 1) / 2, (x_hat + 1) / 2, difference])
     theirs = make_grid(rows, nrow=n, padding=1, pad_value=0.5).clamp(0, 1)
     assert torch.equal(panel(x, x_hat), theirs)
+
+
+# Charts
+
+
+def test_charts_show_what_the_numbers_say():
+    labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
+    chart = charts.histogram(labels, scores, 0.5, "a<b")
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)".*?height="([\d.]+)"', chart)
+    full = f"{charts.H - 4:.1f}"
+    third = f"{(charts.H - 4) / 3:.1f}"
+    last = f"{charts.W * (1 - 1 / charts.BINS):.1f}"
+    assert bars == [("good", "0.0", full), ("bad", "0.0", third), ("bad", last, full)]
+    assert f'class="cut" d="M{charts.W / 2:.1f} 0' in chart
+    assert ">a&lt;b</text>" in chart
+    (line,) = re.findall(r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "x", 0.25))
+    assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
+
+
+def test_a_curve_is_read_back(tmp_path):
+    path = tmp_path / "curve.csv"
+    path.write_text("step,latent,feature\n10,0.5,0.25\n20,0.75,1\n")
+    curve = {"latent": {10: 0.5, 20: 0.75}, "feature": {10: 0.25, 20: 1.0}}
+    assert charts.read_curve(path) == curve
+    path.write_text("")
+    assert charts.read_curve(path) == {}
+
+
+def lines(picture: str, kind: str) -> list[list[tuple[float, float]]]:
+    paths = re.findall(rf'<path stroke="[^"]+" class="{kind}" d="M([^"h]+)"/>', picture)
+    return [[tuple(map(float, at.split(","))) for at in path.split()] for path in paths]
+
+
+def test_a_line_a_seed_and_one_of_their_mean():
+    seeds = [{"latent": {10: 0.6, 20: 0.8}}, {"latent": {10: 0.8, 20: 1.0}}]
+    picture = charts.curves_svg("try & see", {"a<b": seeds, "c": [{"latent": {20: 0.5}}]})
+    root = ET.fromstring(picture)  # names are escaped
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"try & see", "a<b, AUROC by step", "latent"} <= set(texts)
+    thin, thick = lines(picture, "seed"), lines(picture, "mean")
+    assert len(thin) == 2 and len(thick) == 2
+    for a, b, mean in zip(*thin, thick[0]):
+        assert abs((a[1] + b[1]) / 2 - mean[1]) <= 0.11 and a[0] == b[0] == mean[0]
+    assert thick[0][1][1] < thick[0][0][1]  # a better one is higher up
+    assert thin[1][1] == (charts.W, 0.0)  # the last step, an AUROC of 1
+    # A figure under a half stays inside its panel
+    ((low, high),) = lines(charts.curves_svg("x", {"c": [{"a": {1: 0.123, 2: 0.9}}]}), "mean")
+    assert 0 <= high[1] < low[1] <= charts.H

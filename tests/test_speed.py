@@ -48,7 +48,7 @@ def test_peers_run_in_turn_with_ours(monkeypatch):
 
     def process(words):
         asked.append(words[-1])
-        return {"images_per_second": 5.0 if words[0] == "peer" else 10.0, "peak_MB": 1.0}
+        return {"images_per_second": 5.0 if words[0] == "peer" else 10.0}
 
     monkeypatch.setattr(speed, "process", process)
     monkeypatch.setattr(speed, "multiply_adds", lambda _: 2.0)
@@ -60,6 +60,7 @@ def test_peers_run_in_turn_with_ours(monkeypatch):
     assert theirs["we_are_faster"] == 2 and theirs["who"] == "peer 64"
 
 
+@pytest.mark.slow
 def test_the_roof_is_measured_and_written(script, tmp_path):
     words = ["--threads=1", "--experiments-dir", tmp_path]
     code, out, err = script("speed", "--only=roof", *words)
@@ -76,12 +77,8 @@ def test_the_roof_is_measured_and_written(script, tmp_path):
 
 
 def test_a_process_is_read_by_its_last_json_line_and_its_failure_is_named():
-    code = (
-        'import time; print("note"); print(\'{"images_per_second": 7}\');'
-        "x = bytearray(80_000_000); time.sleep(.2)"
-    )
-    found = speed.process([sys.executable, "-c", code])
-    assert found["images_per_second"] == 7 and 80 < found["peak_MB"] < 120
+    code = 'print(\'{"x": 5}\\nnote\\n{"images_per_second": 7}\\n[8]\\n9\')'
+    assert speed.process([sys.executable, "-c", code]) == {"images_per_second": 7}
     with pytest.raises(UserError, match="failed: ZeroDivisionError"):
         speed.process([sys.executable, "-c", "1 / 0"])
 
