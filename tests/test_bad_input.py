@@ -53,10 +53,10 @@ def png_of_size(width: int, height: int) -> bytes:
 
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"  # nonsense
 RAMP = np.arange(1600).reshape(40, 40)
-# name, content, what its row says: a part of the reason, or None where it is read
+# name, content, what its row says: a part of the reason, or None where it is read; test_data has
+# every mode
 IMAGES = [
     ("zero.png", b"", "empty file"),
-    ("zero.jpg", b"", "empty file"),
     ("text.png", b"hello", "not an image"),
     ("page.jpg", b"<!doctype html><title>404</title>", "not an image"),
     ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
@@ -64,7 +64,6 @@ IMAGES = [
     ("texture.png", b"DDS " + struct.pack("<31I", 124, *[9] * 30), "not an image"),
     ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an"),
     ("magic.png", b"\x89PNG\r\n\x1a\n", "not an image"),
-    ("magic.jpg", b"\xff\xd8\xff\xe0", "not an image"),
     ("cut.png", bytes_of("png")[:900], "truncated"),
     ("cut.jpg", bytes_of("jpeg")[:900], "truncated"),
     ("cut.bmp", bytes_of("bmp")[:900], "truncated"),
@@ -76,32 +75,17 @@ IMAGES = [
     ("wide.png", png_of_size(2**31 - 1, 1), ""),
     ("nothing.png", png_of_size(0, 0), ""),
     ("float.tif", tiff_of(RAMP.astype(np.float32)), "floating-point"),
-    ("deep.tif", tiff_of((RAMP * 100_000).astype(np.int32)), "32-bit"),
     ("negative.tif", tiff_of(RAMP.astype(np.int32) - 800), "32-bit"),
-    ("sixteen.tif", tiff_of((RAMP * 40).astype(np.uint16)), None),
-    ("sixteen.png", bytes_of("png", "I;16"), None),
-    ("one.png", bytes_of("png", size=(1, 1)), None),
     ("line.png", bytes_of("png", size=(3000, 1)), None),
-    ("column.jpg", bytes_of("jpeg", size=(1, 3000)), None),
-    ("print.jpg", bytes_of("jpeg", "CMYK"), None),
-    ("grey.jpg", bytes_of("jpeg", "L"), None),
-    ("bits.png", bytes_of("png", "1"), None),
-    ("palette.png", bytes_of("png", "P", transparency=0), None),
-    ("alpha.png", bytes_of("png", "RGBA"), None),
     ("lossy.webp", bytes_of("webp"), None),
     ("moving.webp", animation("webp"), None),
     ("moving.png", animation("png"), None),
     ("really_a_jpeg.png", bytes_of("jpeg"), None),
     ("really_a_gif.png", animation("gif"), None),
-    ("UPPER.PNG", bytes_of("png"), None),
-    ("with space.png", bytes_of("png"), None),
-    ("'quotes\".png", bytes_of("png"), None),
-    ("new\nline.png", bytes_of("png"), None),
-    ("comma, semicolon;.png", bytes_of("png"), None),
-    ("-flag.png", bytes_of("png"), None),
-    ("\u6587\u5b57 \u00e9.png", bytes_of("png"), None),
-    (os.fsdecode(b"latin\xe9.png"), bytes_of("png"), None),
-    ("a" * 200 + ".png", bytes_of("png"), None),
+    *((name, bytes_of("png"), None) for name in (
+        "UPPER.PNG", "with space.png", "'quotes\".png", "new\nline.png", "comma, semicolon;.png",
+        "-flag.png", "\u6587\u5b57 \u00e9.png", os.fsdecode(b"latin\xe9.png"), "a" * 200 + ".png",
+    )),
     ("trailing.png", bytes_of("png") + b"more", None),
     ("turned.jpg", bytes_of("jpeg", exif=EXIF), None),
     ("cut_exif.png", bytes_of("png", exif=b"Exif\0\0MM\0*\0\0"), ""),
@@ -167,22 +151,39 @@ def a_tensor(path):
     torch.save(torch.zeros(3), path)
 
 
+def of_other_weights(path):
+    state = torch.load(path, weights_only=True)
+    generator = state.get("networks", state)["generator"]
+    generator[WEIGHTS] = generator[WEIGHTS][:1]
+    torch.save(state, path)
+
+
+def unfinished(folder):
+    """The folder as it is before metrics.json is there."""
+    (folder / "metrics.json").unlink()
+    return folder
+
+
 def a_list_alone(path):
     torch.save([1, 2], path)
     path.with_name("config.json").unlink()
 
 
+WEIGHTS = "encoder1.features.2.weight"
+UNFIT = f"size mismatch for {WEIGHTS}"
 # What is done to a finished run's folder; the command; what is said (None: done without a word)
 DAMAGES = [
     ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
     ("metrics a list", lambda f: (f / "metrics.json").write_text("[1]"), "train", "not a complete"),
     ("metrics empty", lambda f: cut(f / "metrics.json", 0), "evaluate", "not a complete"),
-    ("metrics gone", lambda f: (f / "metrics.json").unlink(), "train", None),
+    ("metrics gone", unfinished, "train", None),
     ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
     ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
     ("model cut", lambda f: cut(f / "model.pt"), "evaluate", "not a model.pt"),
     ("model a tensor", lambda f: a_tensor(f / "model.pt"), "evaluate", "not a model.pt"),
     ("model foreign", lambda f: foreign(f / "model.pt"), "evaluate", "not a model.pt"),
+    ("model of other weights", lambda f: of_other_weights(f / "model.pt"), "evaluate", UNFIT),
+    ("checkpoint of others", lambda f: of_other_weights(unfinished(f) / "last.pt"), "train", UNFIT),
     ("scores gone", lambda f: (f / "scores.csv").unlink(), "evaluate", None),
     ("scores edited", lambda f: cut(f / "scores.csv"), "evaluate", None),
     ("config cut", lambda f: cut(f / "config.json"), "train", "not a JSON config"),
