@@ -93,12 +93,17 @@ def folder_of(out: Path, category="parts", seed=42, name="local") -> Path:
     return out / name / category / f"seed{seed}"
 
 
+def train(root, out, *more, category="parts") -> Path:
+    """Run train.py; returns the folder of `local` for its category and seed 42."""
+    words = train_words(root, out, *more, category=category)
+    assert guard(load_script("train").main, [str(word) for word in words]) == 0
+    return folder_of(out, category)
+
+
 @pytest.fixture(scope="session")
 def trained(parts, tmp_path_factory) -> Path:
     """An experiments folder with a finished run of `parts`; not to be changed."""
-    out = tmp_path_factory.mktemp("trained")
-    assert guard(load_script("train").main, [str(x) for x in train_words(parts, out)]) == 0
-    return out
+    return train(parts, tmp_path_factory.mktemp("trained")).parents[2]
 
 
 @pytest.fixture

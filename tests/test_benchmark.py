@@ -24,7 +24,7 @@ from .conftest import (
     read_csv,
     read_json,
     refusal,
-    train_words,
+    train,
 )
 
 
@@ -35,10 +35,8 @@ def test_fifteen_categories_go_through_whole(script, fifteen, tmp_path):
     assert [row["category"] for row in rows] == [*MVTEC, "Mean", "Mean without screw"]
     assert "anomalib README" in out and "| Mean without screw |" in out and "0.421" in out
     assert out.count("seed 42: AUROC") == 15
-    alone = train_words(fifteen, tmp_path, "--dataset=mvtec", category="zipper")
-    printed(script("train", *alone))
-    both = (folder_of(tmp_path, "zipper", name=name) for name in ("local", "all"))
-    assert numbers(next(both)) == numbers(next(both))
+    alone = train(fifteen, tmp_path, "--dataset=mvtec", category="zipper")
+    assert numbers(alone) == numbers(folder_of(tmp_path, "zipper", name="all"))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from .conftest import (
     read_csv,
     read_json,
     refusal,
+    train,
     train_words,
 )
 
@@ -149,8 +150,7 @@ def test_force_takes_back_our_files_only_and_survives_a_kill(
     script, parts, trained, tmp_path, monkeypatch
 ):
     more = ["--steps=8", "--lr=1e-3"]
-    printed(script("train", *train_words(parts, tmp_path / "new", *more)))
-    expected = numbers(folder_of(tmp_path / "new"))
+    expected = numbers(train(parts, tmp_path / "new", *more))
     unlink, removed = type(tmp_path).unlink, []
 
     def dying(path, *args, **kwargs):

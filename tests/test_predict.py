@@ -15,17 +15,7 @@ from PIL import Image
 
 from ganomaly import load
 
-from .conftest import (
-    ROOT,
-    contents,
-    folder_of,
-    guard,
-    load_script,
-    printed,
-    read_csv,
-    refusal,
-    train_words,
-)
+from .conftest import ROOT, contents, folder_of, printed, read_csv, refusal, train
 
 CALIBRATED = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated".split()
 
@@ -45,10 +35,7 @@ def predict(script, trained):
 @pytest.fixture(scope="module")
 def calibrated(parts, tmp_path_factory) -> Path:
     """The model of a run of every part there is."""
-    out = tmp_path_factory.mktemp("calibrated")
-    words = train_words(parts, out, *CALIBRATED)
-    assert guard(load_script("train").main, [str(x) for x in words]) == 0
-    return folder_of(out) / "model.pt"
+    return train(parts, tmp_path_factory.mktemp("calibrated"), *CALIBRATED) / "model.pt"
 
 
 def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
@@ -259,6 +246,6 @@ def test_an_exported_program_says_the_same_without_this_repository(calibrated, t
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["latent", "latent_whitened", "feature"])
 def test_any_score_can_be_exported(script, parts, tmp_path, score):
-    printed(script("train", *train_words(parts, tmp_path, f"--score={score}")))
-    out = printed(script("export", "--model", folder_of(tmp_path) / "model.pt"))
-    assert f"{score} scores" in out and (folder_of(tmp_path) / "model.pt2").is_file()
+    model = train(parts, tmp_path, f"--score={score}") / "model.pt"
+    assert f"{score} scores" in printed(script("export", "--model", model))
+    assert model.with_suffix(".pt2").is_file()

@@ -8,15 +8,7 @@ import pytest
 from ganomaly.config import FIELDS
 from ganomaly.errors import exit_code
 
-from .conftest import (
-    ROOT,
-    benchmark_words,
-    contents,
-    folder_of,
-    printed,
-    refusal,
-    train_words,
-)
+from .conftest import ROOT, benchmark_words, contents, folder_of, printed, refusal, train_words
 
 
 def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path):

@@ -36,6 +36,7 @@ from .conftest import (
     read_csv,
     read_json,
     refusal,
+    train,
     train_words,
 )
 
@@ -89,10 +90,9 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert b'"latent_dim": 8' in config.tensor_proto.string_val[0]
 
 
-def test_same_command_same_bytes_alone_or_after_another(script, parts, trained, tmp_path):
-    for more in (["--seed=1"], []):
-        printed(script("train", *train_words(parts, tmp_path, *more)))
-    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+def test_same_command_same_bytes_alone_or_after_another(parts, trained, tmp_path):
+    train(parts, tmp_path, "--seed=1")
+    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
 
 
 def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
@@ -125,49 +125,43 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     assert results("again", base) == expected  # so that the differences above mean something
 
 
-def test_training_never_sees_calibration_or_test_images(script, tmp_path):
+def test_training_never_sees_calibration_or_test_images(tmp_path):
     root = draw_category(tmp_path / "images" / "parts")
-    printed(script("train", *train_words(tmp_path / "images", tmp_path / "a")))
+    runs = [train(root.parent, tmp_path / "a")]
     _, held_out = data.split_calibration(24, Config(category="parts"))
     rng = np.random.default_rng(5)
     files = images.image_files(root / "train" / "good")
     for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):
         draw(path, rng, defective=True, size=64)
-    printed(script("train", *train_words(tmp_path / "images", tmp_path / "b")))
-    states = [torch.load(folder_of(tmp_path / run) / "model.pt", weights_only=True) for run in "ab"]
+    runs.append(train(root.parent, tmp_path / "b"))
+    states = [torch.load(run / "model.pt", weights_only=True) for run in runs]
     for network, state in states[0]["networks"].items():
         for name, value in state.items():
             assert torch.equal(value, states[1]["networks"][network][name]), name
     assert states[0]["threshold"] != states[1]["threshold"]  # they were calibrated with
 
 
-def test_the_last_look_is_the_result_and_looking_changes_nothing(
-    script, parts, tmp_path, monkeypatch
-):
-    a, b = (train_words(parts, tmp_path / name, "--checkpoint-every=2") for name in "ab")
-    printed(script("train", *a))
-    metrics, scores = numbers(folder_of(tmp_path / "a"))
-    rows = read_csv(folder_of(tmp_path / "a") / "curve.csv")
+def test_the_last_look_is_the_result_and_looking_changes_nothing(parts, tmp_path, monkeypatch):
+    folder = train(parts, tmp_path / "a", "--checkpoint-every=2")
+    metrics, scores = numbers(folder)
+    rows = read_csv(folder / "curve.csv")
     assert [row.pop("step") for row in rows] == ["2", "4", "6"]
     assert rows[-1] == {name: f"{value:.6g}" for name, value in metrics["scores"].items()}
     assert (tmp_path / "a/local/curves.svg").is_file()
     monkeypatch.setattr(Recorder, "preview", lambda *_: None)
-    printed(script("train", *b))
-    assert numbers(folder_of(tmp_path / "b")) == (metrics, scores)
+    assert numbers(train(parts, tmp_path / "b", "--checkpoint-every=2")) == (metrics, scores)
 
 
 @pytest.mark.slow
-def test_a_calibrated_run_has_every_score_and_figures_of_pixels(script, tmp_path):
+def test_a_calibrated_run_has_every_score_and_figures_of_pixels(tmp_path):
     root = draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
     for path in (root / "test" / "a_bar").iterdir():  # the bar is what is over 240
         bar = np.asarray(Image.open(path)).min(2) > 240
         mask = root / "ground_truth" / "a_bar" / f"{path.stem}_mask.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(bar).save(mask)
-    words = train_words(tmp_path / "images", tmp_path, "--steps=200", "--width=8")
-    words += "--corrupted=.5 --comparator-width=4 --normalise=exposure --score=calibrated".split()
-    printed(script("train", *words))
-    metrics, _ = numbers(folder_of(tmp_path))
+    more = "--corrupted=.5 --comparator-width=4 --normalise=exposure --score=calibrated".split()
+    metrics, _ = numbers(train(root.parent, tmp_path, "--steps=200", "--width=8", *more))
     assert set(metrics["scores"]) == set(SCORES)
     assert metrics["auroc"] == metrics["scores"]["calibrated"] > 0.9
     assert metrics["pixel_auroc"] > 0.8
@@ -176,12 +170,10 @@ def test_a_calibrated_run_has_every_score_and_figures_of_pixels(script, tmp_path
 
 
 @pytest.mark.slow
-def test_labels_are_not_inverted(script, tmp_path):
+def test_labels_are_not_inverted(tmp_path):
     """Bars that no normal image has score higher, and by every score that sees pixels."""
-    draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8)
-    words = train_words(tmp_path / "images", tmp_path, "--steps=150", "--width=8", "--lr=1e-3")
-    printed(script("train", *words))
-    metrics, _ = numbers(folder_of(tmp_path))
+    root = draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8).parent
+    metrics, _ = numbers(train(root, tmp_path, "--steps=150", "--width=8", "--lr=1e-3"))
     assert metrics["scores"]["contextual"] > 0.8
     assert metrics["auroc_pca"] > 0.9 and metrics["auroc_brightness"] > 0.9
 
@@ -207,12 +199,11 @@ def test_without_test_images_it_trains_calibrates_and_says_so(script, tmp_path):
 
 
 def test_names_that_are_not_utf8_are_kept(script, tmp_path):
-    root = draw_category(tmp_path / "images" / "parts")
-    name, good = os.fsdecode(b"sch\xf6n.png"), root / "test" / "good"
-    (good / "000.png").rename(good / name)
-    printed(script("train", *train_words(tmp_path / "images", tmp_path)))
-    assert b"test/good/sch\xf6n.png" in (folder_of(tmp_path) / "scores.csv").read_bytes()
-    words = ["--model", folder_of(tmp_path) / "model.pt", "--images", good]
+    good = draw_category(tmp_path / "images" / "parts") / "test" / "good"
+    (good / "000.png").rename(good / os.fsdecode(b"sch\xf6n.png"))
+    folder = train(tmp_path / "images", tmp_path)
+    assert b"test/good/sch\xf6n.png" in (folder / "scores.csv").read_bytes()
+    words = ["--model", folder / "model.pt", "--images", good]
     printed(script("predict", *words, "--output", tmp_path / "o.csv"))
     assert b"sch\xf6n.png" in (tmp_path / "o.csv").read_bytes()
 
@@ -266,7 +257,7 @@ def phases(monkeypatch, error):
 def test_ctrl_c_and_other_troubles_in_every_phase(
     script, parts, trained, tmp_path, monkeypatch, error, code
 ):
-    printed(script("train", *train_words(parts, tmp_path, "--seed=1")))  # a result beside
+    train(parts, tmp_path, "--seed=1")  # a result beside
     beside = contents(folder_of(tmp_path, seed=1))
     words = train_words(parts, tmp_path, "--checkpoint-every=2")
     for stage in phases(monkeypatch, error):
@@ -274,8 +265,8 @@ def test_ctrl_c_and_other_troubles_in_every_phase(
         lines = [line for line in err.splitlines() if line and "seed 42: " not in line]
         assert got == code and len(lines) == 1 and "Traceback" not in err, (stage, err)
         assert lines[0].startswith(("error: ", "interrupted")), (stage, err)
-    printed(script("train", *words))  # goes on from where it was
-    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+    # It goes on from where it was
+    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
     assert contents(folder_of(tmp_path, seed=1)) == beside
 
 
@@ -299,8 +290,8 @@ def test_a_figure_that_fails_costs_no_model(script, parts, trained, tmp_path, mo
         patch.setattr(evaluation, "pixel_auroc", lambda *_: np.empty(2**60, np.uint8))
         assert "out of memory" in refusal(script("train", *words))
     printed(script("predict", "--model", model, "--images", parts / "parts/test"))
-    printed(script("train", *words))  # it goes on behind the last step
-    assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
+    # It goes on behind the last step
+    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
 
 
 def test_old_metrics_beside_an_interrupted_retraining_do_not_make_it_finished(
@@ -313,8 +304,7 @@ def test_old_metrics_beside_an_interrupted_retraining_do_not_make_it_finished(
     (finished / "metrics.json").write_text(json.dumps(edited))
     for stage in phases(monkeypatch, KeyboardInterrupt()):
         assert "0.123" not in script("train", *words)[1], stage
-    printed(script("train", *words))
-    assert numbers(finished) == numbers(folder_of(trained))
+    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
 
 
 def start(words) -> subprocess.Popen:
@@ -333,18 +323,15 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_then_the_same_command_gives_the_same_bytes(script, parts, tmp_path):
+def test_kill_9_then_the_same_command_gives_the_same_bytes(parts, tmp_path):
     more = ["--steps=400", "--checkpoint-every=20"]
-    whole, folder = folder_of(tmp_path / "whole"), folder_of(tmp_path / "killed")
-    printed(script("train", *train_words(parts, tmp_path / "whole", *more)))
-    words = train_words(parts, tmp_path / "killed", *more)
-    process = start(words)
+    whole, folder = train(parts, tmp_path / "whole", *more), folder_of(tmp_path / "killed")
+    process = start(train_words(parts, tmp_path / "killed", *more))
     wait_for(folder / "last.pt", process)
     process.kill()
     process.communicate()
     assert not (folder / "metrics.json").exists(), "killed too late to show anything"
-    printed(script("train", *words))
-    assert numbers(folder) == numbers(whole)
+    assert numbers(train(parts, tmp_path / "killed", *more)) == numbers(whole)
     curves = [(f / "curve.csv").read_text() for f in (folder, whole)]
     assert curves[0] == curves[1] and curves[0].count("\n") == 21
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
