@@ -1,4 +1,4 @@
-"""Write README's table of results, between its two markers, from the committed results.csv files."""
+"""Write the table of results in README.md, between its markers, from the committed results.csv."""
 
 import csv
 import sys

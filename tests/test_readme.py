@@ -1,9 +1,11 @@
 """README says what the committed tables say."""
 
+import re
+
 from ganomaly.runs import experiment
 from ganomaly.runs.results import markdown, results_csv
 
-from .conftest import ROOT, load_script
+from .conftest import ROOT, committed, load_script
 
 
 def test_the_table_of_results_is_up_to_date():
@@ -29,3 +31,10 @@ def test_committed_tables_come_out_of_the_committed_runs():
         assert csv_text == (folder / "results.csv").read_text(encoding="utf-8")
         page = markdown(experiment.page_of(folder, results))
         assert page == (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    for page in committed("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:\s]+)[^):\s]*\)", text):
+            assert (page.parent / link).exists(), (page, link)
