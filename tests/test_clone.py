@@ -10,13 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-from ganomaly.config import Config
 from ganomaly.data import MVTEC
-from ganomaly.runs import pipeline
 
-from .conftest import ROOT, TINY, TINY_FLAGS, draw_category
+from .conftest import ROOT, TINY_FLAGS, draw_category, read_json, train
 
 pytestmark = pytest.mark.slow
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -54,6 +51,15 @@ def make(clone: Path, words: list[str], timeout=300) -> subprocess.CompletedProc
         ["make", f"PYTHON={sys.executable}", *words], cwd=clone, capture_output=True, text=True,
         timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def made(clone: Path, commands: list[list[str]]) -> list[str]:
+    """What each of some commands prints, two at a time; all have to succeed."""
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda words: make(clone, words), commands))
+    for words, one in zip(commands, done):
+        assert one.returncode == 0, (words, one.stderr)
+    return [one.stdout for one in done]
 
 
 def edit(path: Path, *pairs: tuple[str, str]) -> None:
@@ -108,22 +114,13 @@ def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path
         else:
             (dry if target in TRAINS else rest).append(runnable(command, fifteen))
     dry = [list(words) for words in dict.fromkeys(map(tuple, dry))]
-    with ThreadPoolExecutor(2) as pool:
-        for words, done in zip(dry, pool.map(lambda words: make(clone, words), dry)):
-            assert done.returncode == 0, (words, done.stderr)
-            assert "would" in done.stdout or "train" in done.stdout
+    assert all("would" in out or "train" in out for out in made(clone, dry))
     # What the others take: finished runs
-    for name, category, root in (
-        ("local", "parts", "data"),
-        ("local", "bottle", "data/mvtec"),
-        ("ours", "bottle", "data/mvtec"),
-    ):
-        config = Config(dataset="folder", category=category, **TINY)
-        setting = pipeline.Setting(clone / root, torch.device("cpu"))
-        pipeline.run_one(config, clone / "experiments" / name, setting)
-    with ThreadPoolExecutor(2) as pool:
-        for words, done in zip(rest, pool.map(lambda words: make(clone, words), rest)):
-            assert done.returncode == 0, (words, done.stderr)
+    train(clone / "data", clone / "experiments")
+    for name in ("local", "ours"):
+        where = clone / "data/mvtec", clone / "experiments", f"--experiment={name}"
+        train(*where, category="bottle")
+    made(clone, rest)
     assert git("status", "--porcelain", cwd=clone) == ""
 
 
@@ -132,49 +129,47 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     small = f"ARGS={shlex.join(flag for flag in TINY_FLAGS if '--amp' not in flag)}"
     where = [f"DATA_ROOT={fifteen}", small]
     ablations = ["ablate", "CATEGORIES=bottle", "SEEDS=42 43", *where]
-    bench, train = ["benchmark", *where], ["train", "CATEGORY=bottle", *where]
+    bench, one = ["benchmark", *where], ["train", "CATEGORY=bottle", *where]
     local = clone / "experiments" / "local"
-    with ThreadPoolExecutor(2) as pool:
-        for time in ("first", "second"):
-            done = list(pool.map(lambda words: make(clone, words), (bench, ablations, train)))
-            assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
-            table, ablated, trained = (one.stdout for one in done)
-            rows = [line.split(" | ")[0][2:] for line in table.splitlines() if line[:2] == "| "]
-            assert rows[:18] == ["category", *MVTEC, "Mean", "Mean without screw"]
-            header = next(line for line in table.splitlines() if line.startswith("| category"))
-            for column in ("reference", "anomalib README", "arXiv 2108.12159", "DRAEM"):
-                assert column in header
-            bottle = next(x for x in table.splitlines() if x.startswith("| bottle")).split(" | ")
-            committed = (clone / "experiments/paper/bottle/seed42/metrics.json").read_text()
-            auroc = float(re.search(r'"auroc": ([\d.]+)', committed)[1])
-            assert bottle[header.split(" | ").index("reference")] == f"{auroc:.3f}"
-            assert "made with another config: image_size (64 there, 32 asked)" in table
-            mean = next(x for x in table.splitlines() if x.startswith("| Mean |"))
-            assert "| 0.421 |" in mean
-            assert "| no encoder loss |" in ablated and "seeds 42, 43" in ablated
-            assert "bottle seed 42: " in trained
-            again = "all 15 runs were done before" in table, "trained already" in trained
-            assert again == ((time == "second"),) * 2
-            assert git("status", "--porcelain", cwd=clone) == ""
+    committed = read_json(clone / "experiments/paper/bottle/seed42/metrics.json")
+    for again in (False, True):
+        table, ablated, trained = made(clone, [bench, ablations, one])
+        rows = {cells[0]: cells for cells in rows_of(table)[:18]}
+        assert list(rows) == ["category", *MVTEC, "Mean", "Mean without screw"]
+        assert "0.421" in rows["Mean"]
+        bottle = dict(zip(rows["category"], rows["bottle"]))
+        assert bottle["reference"] == f"{committed['auroc']:.3f}"
+        for title in ("anomalib README", "arXiv 2108.12159", "DRAEM"):
+            assert title in " ".join(bottle)
+        assert "made with another config: image_size (64 there, 32 asked)" in table
+        assert "| no encoder loss |" in ablated and "seeds 42, 43" in ablated
+        assert "bottle seed 42: " in trained
+        assert ("all 15 runs were done before" in table) == again
+        assert ("trained already" in trained) == again
+        assert git("status", "--porcelain", cwd=clone) == ""
     assert len(list(local.glob("paper/*/seed42/model.pt"))) == 15
     assert len(list(local.glob("ablations-calibrated/*/bottle/seed4?/model.pt"))) == 22
     # The user's table is what was asked for, whatever else is in the folder
-    some = make(clone, ["benchmark", "CATEGORIES=tile wood", *where])
-    rows = [line.split(" | ")[0][2:] for line in some.stdout.splitlines() if line[:2] == "| "]
-    assert rows[:4] == ["category", "tile", "wood", "Mean of 2"]
+    (some,) = made(clone, [["benchmark", "CATEGORIES=tile wood", *where]])
+    assert [cells[0] for cells in rows_of(some)[:4]] == ["category", "tile", "wood", "Mean of 2"]
     # Edited code is seen by a finished run, and by an unfinished one
     losses = clone / "ganomaly" / "losses.py"
     losses.write_text(losses.read_text() + "\n\n# A remark changes no number\n")
-    assert "trained already" in make(clone, train).stdout
+    assert "trained already" in make(clone, one).stdout
     edit(losses, ("return F.l1_loss(", "return 2 * F.l1_loss("))
-    done = make(clone, train)
+    done = make(clone, one)
     assert done.returncode == 2 and "other code (losses.py changed since)" in done.stderr
     assert "ARGS=--force" in done.stderr and "AUROC" not in done.stdout
     (local / "bottle/seed42/metrics.json").unlink()
-    done = make(clone, train)
+    done = make(clone, one)
     assert done.returncode == 2 and "last.pt is of other code (losses.py" in done.stderr
-    train[-1] += " --force"
-    assert make(clone, train).returncode == 0
+    one[-1] += " --force"
+    assert make(clone, one).returncode == 0
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of the rows of printed tables."""
+    return [line[2:].split(" | ") for line in table.splitlines() if line[:2] == "| "]
 
 
 def apply_recipes(clone: Path) -> None:
@@ -213,9 +208,7 @@ def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fift
     apply_recipes(clone)
     words = [f"DATA_ROOT={fifteen}", f"ARGS={' '.join(TINY_FLAGS)} --w-edges 3 --inverted"]
     runs = (["train", "CATEGORY=bottle"], ["benchmark", "CATEGORIES=bottle", "EXPERIMENT=edges"])
-    for run in runs:
-        done = make(clone, [*run, *words])
-        assert done.returncode == 0, done.stderr
+    made(clone, [[*run, *words] for run in runs])
     assert "slow" in make(clone, ["ablate", "CATEGORIES=bottle", *words, "DEVICE=cpu"]).stdout
     # The tests that read what was changed; of the others none can tell
     modules = "config experiment losses networks scoring training train benchmark scripts clone"
