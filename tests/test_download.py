@@ -60,49 +60,47 @@ def server():
 
 @pytest.fixture
 def download(capsys, monkeypatch, tmp_path):
-    """download(url, bytes of the authors) -> (exit code, what is printed), into tmp_path/root."""
+    """download(url, the expected exit code) -> what is printed; into tmp_path/root."""
     module = load_script("download")
 
-    def call(url, authors: bytes = ARCHIVE, free: float = 1e12):
+    def call(url, code=0, authors: bytes = ARCHIVE, free: float = 1e12) -> str:
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         module.SIZE, module.SHA256 = len(authors), hashlib.sha256(authors).hexdigest()
-        code = guard(module.main, ["--data-root", str(tmp_path / "root"), "--url", str(url)])
-        return code, "".join(capsys.readouterr())
+        done = guard(module.main, ["--data-root", str(tmp_path / "root"), "--url", str(url)])
+        printed = "".join(capsys.readouterr())
+        assert done == code and ("error: " in printed) == (code == 2), printed
+        if code == 0:
+            assert sorted(path.name for path in (tmp_path / "root").iterdir()) == sorted(MVTEC)
+        return printed
 
     return call
 
 
-def all_there(root) -> bool:
-    return sorted(path.name for path in root.iterdir()) == sorted(MVTEC)
-
-
 def test_a_broken_download_goes_on_where_it_stopped(download, server, tmp_path):
     server.share = 0.5  # the rest is half of the half, and so on, until an answer is empty
-    code, printed = download(server.url)
-    assert code == 2 and "CC BY-NC-SA 4.0" in printed and "error: " in printed
-    assert "the same command goes on" in printed and "URL= takes a mirror or a local" in printed
+    printed = download(server.url, code=2)
+    for words in ("CC BY-NC-SA 4.0", "the same command goes on", "URL= takes a mirror or a local"):
+        assert words in printed
     assert server.asked[:2] == ["bytes=0-", f"bytes={len(ARCHIVE) // 2}-"]
     server.share = 1
-    code, printed = download(server.url)
-    assert code == 0 and server.asked[-1] == server.asked[-2] and all_there(tmp_path / "root")
+    download(server.url)
+    assert server.asked[-1] == server.asked[-2]
     asked = [*server.asked]
-    code, printed = download(server.url)
-    assert code == 0 and "nothing to do" in printed and server.asked == asked
+    assert "nothing to do" in download(server.url) and server.asked == asked
 
 
 def test_a_server_that_ignores_ranges_sends_all_of_it_again(download, server, tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/.mvtec_anomaly_detection.tar.xz").write_bytes(ARCHIVE[:1000])
     server.ranges = False
-    code, printed = download(server.url)
-    assert code == 0 and server.asked == ["bytes=1000-"] and all_there(tmp_path / "root"), printed
+    download(server.url)
+    assert server.asked == ["bytes=1000-"]
 
 
 @pytest.mark.parametrize("wrong", [ARCHIVE[:-1] + b"?", b"<html>not found</html>"])
 def test_wrong_bytes_are_refused_and_not_kept(download, server, tmp_path, wrong):
     server.content = wrong
-    code, printed = download(server.url)
-    assert code == 2 and "URL= takes a mirror" in printed and not list((tmp_path).iterdir())
+    assert "URL= takes a mirror" in download(server.url, code=2) and not list(tmp_path.iterdir())
 
 
 def test_after_a_killed_unpacking_nothing_is_fetched(download, server, tmp_path, monkeypatch):
@@ -112,11 +110,11 @@ def test_after_a_killed_unpacking_nothing_is_fetched(download, server, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "extractall", kill)
-        assert download(server.url)[0] == 130
+        download(server.url, code=130)
     assert [path.name[:6] for path in (tmp_path / "root").iterdir()] == [".mvtec"]
     (tmp_path / "root/.unpacking/cable/train").mkdir(parents=True)  # as kill -9 leaves it
-    code, printed = download(server.url)
-    assert code == 0 and len(server.asked) == 1 and all_there(tmp_path / "root"), printed
+    download(server.url)
+    assert len(server.asked) == 1
 
 
 def test_a_local_file_is_kept_and_adds_what_is_missing(download, tmp_path):
@@ -124,26 +122,19 @@ def test_a_local_file_is_kept_and_adds_what_is_missing(download, tmp_path):
     archive.write_bytes(ARCHIVE)
     (root / "bottle/train/good").mkdir(parents=True)
     (root / "cable").mkdir()
-    code, printed = download(archive)
-    assert code == 2 and "root/cable: there, but without train/good" in printed
+    assert "root/cable: there, but without train/good" in download(archive, code=2)
     (root / "cable").rmdir()
-    code, printed = download(archive, authors=b"others")
-    assert code == 2 and "sha256" in printed and archive.exists()
-    code, printed = download(archive, free=1000)
-    assert code == 2 and "GB are free" in printed and "error: " in printed
-    code, printed = download(f"file://{archive}")
-    assert code == 0 and "14 categories added" in printed and archive.exists() and all_there(root)
-    assert not list((root / "bottle/train/good").iterdir())
+    assert "sha256" in download(archive, code=2, authors=b"others")
+    assert "GB are free" in download(archive, code=2, free=1000)
+    assert "14 categories added" in download(f"file://{archive}")
+    assert archive.exists() and not list((root / "bottle/train/good").iterdir())
 
 
 def test_another_archive_is_refused(download, tmp_path):
     archive = tmp_path / "mine.tar.xz"
-    for names, reason in (
-        (IMAGES[:1], "has no cable, capsule"),
-        ([*IMAGES, "../../evil.txt"], "evil.txt"),
-    ):
+    evil = [*IMAGES, "../../evil.txt"]
+    for names, reason in ((IMAGES[:1], "has no cable, capsule"), (evil, "evil.txt")):
         archive.write_bytes(packed(*names))
-        code, printed = download(archive, authors=archive.read_bytes())
-        assert code == 2 and reason in printed and [*tmp_path.iterdir()] == [archive], printed
-    code, printed = download(tmp_path / "none")
-    assert code == 2 and "no such file" in printed
+        assert reason in download(archive, code=2, authors=archive.read_bytes())
+        assert [*tmp_path.iterdir()] == [archive]
+    assert "no such file" in download(tmp_path / "none", code=2)

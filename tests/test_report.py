@@ -13,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ganomaly.config import Config
-from ganomaly.device import use_device
-from ganomaly.runs import charts, pipeline
+from ganomaly.runs import charts
 from ganomaly.runs.pictures import panel
 
-from .conftest import TINY, draw_category
+from .conftest import draw_category, printed, train
 
 SENTENCE = "git keeps no weights"
 
@@ -40,22 +38,17 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Two seeds of one category whose name would break a careless page."""
-    root = tmp_path_factory.mktemp("report")
-    name = "a<b>&'\"c|d&#60;&amp;#62;"
+    root, name = tmp_path_factory.mktemp("report"), "a<b>&'\"c|d&#60;&amp;#62;"
     draw_category(root / "images" / name, n_good=8, n_bad=8)
-    values = {**TINY, "steps": 120, "checkpoint_every": 40}
-    device = use_device("cpu")
-    for seed in (42, 43):
-        config = Config(dataset="folder", category=name, seed=seed, **values)
-        setting = pipeline.Setting(root / "images", device)
-        pipeline.run_one(config, root / "runs" / "mine", setting)
+    words = ["--experiment=mine", "--steps=120", "--checkpoint-every=40"]
+    for seed in ("--seed=42", "--seed=43"):
+        train(root / "images", root / "runs", *words, seed, category=name)
     return root, name
 
 
 def written(script, root, *more) -> Page:
     words = ["--experiments-dir", root / "runs", "--experiment", "mine", *more]
-    code, out, err = script("report", *words)
-    assert code == 0, err
+    printed(script("report", *words))
     return Page((root / "runs" / "mine" / "report.html").read_text(encoding="utf-8"))
 
 
