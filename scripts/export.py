@@ -63,7 +63,7 @@ def exported(detector, images):
 
     from ganomaly.batches import to_input
     from ganomaly.detector import outputs_of
-    from ganomaly.scoring import all_scores, heat_map, raw_of
+    from ganomaly.scoring import all_scores, heat_map, raw_scores
 
     class Program(nn.Module):
         def __init__(self):
@@ -74,7 +74,7 @@ def exported(detector, images):
             x = to_input(images, images.device, detector.scale)
             o = outputs_of(self.networks, x)
             known = detector.calibration.statistics
-            scores = all_scores(raw_of(o, detector.config.scores), known)[detector.config.score]
+            scores = all_scores(raw_scores(o, detector.config.scores), known)[detector.config.score]
             return scores, scores > detector.threshold, heat_map(o, known)
 
     batch = torch.export.Dim("batch", min=1)
