@@ -43,9 +43,7 @@ class Config:
 
     dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
     category: str | None = knob(None, "MVTec's name, a folder's, or the class that is the anomaly")
-    image_size: int = knob(
-        64, "side of the square images, pixels; a power of two", low=32, high=1024
-    )
+    image_size: int = knob(64, "side of the images, pixels; a power of two", low=32, high=1024)
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
     normalise: str = knob(
         "none", "exposure divides each image by its mean brightness", choices=("none", "exposure")
@@ -53,19 +51,13 @@ class Config:
     width: int = knob(64, "channels of the first convolution", low=1, high=1024)
     latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
-    comparator_width: int = knob(
-        0, "channels of the comparator's first block; 0 leaves it out", low=0, high=1024
-    )
-    corrupted: float = knob(
-        0.0, "share of each batch that is corrupted, to be restored", low=0, below=1
-    )
+    comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
+    corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
     batch_size: int = knob(16, "images a step", low=1, high=65_536)
     steps: int = knob(3000, "training steps, the same for every category", low=1, high=10**9)
     lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
     beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
-    ema_decay: float = knob(
-        0.99, "decay of the running average that is scored; 0: the last weights", low=0, below=1
-    )
+    ema_decay: float = knob(0.99, "decay of the averaged weights; 0: the last ones", low=0, below=1)
     w_adv: float = knob(1.0, "weight of the adversarial (feature matching) loss", low=0, high=1e6)
     w_con: float = knob(50.0, "weight of the contextual loss", low=0, high=1e6)
     w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
@@ -76,13 +68,9 @@ class Config:
     )
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)
     quantile: float = knob(0.95, "share of normal images under the threshold", above=0, below=1)
-    calibration_fraction: float = knob(
-        0.2, "share of train/good kept out of training for the threshold", above=0, below=1
-    )
+    calibration_fraction: float = knob(0.2, "share of train/good not trained on", above=0, below=1)
     checkpoint_every: int = knob(500, "steps between checkpoints", low=1, high=10**9)
-    threads: int = knob(
-        1, "CPU threads of the sums, which depend on their number", low=1, high=1024
-    )
+    threads: int = knob(1, "CPU threads; results depend on their number", low=1, high=1024)
     seed: int = knob(42, "seed of every random draw", low=0, high=2**32 - 1)
 
     def __post_init__(self):

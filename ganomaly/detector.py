@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ganomaly import config as configuration
+from ganomaly import scoring
 from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory, reason_of
@@ -23,19 +24,7 @@ from ganomaly.files import read_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build
 from ganomaly.packed import can_pack, packed
-from ganomaly.scoring import (
-    PLAIN_SCORES,
-    Calibration,
-    Outputs,
-    Raw,
-    Statistics,
-    all_scores,
-    calibrate,
-    heat_map,
-    p_values,
-    raw_scores,
-    threshold_at,
-)
+from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
 
 PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
 
@@ -90,7 +79,7 @@ class Detector:
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
-        self.calibration = calibrate(self.raw(pixels), self.config.seed)
+        self.calibration = scoring.calibrate(self.raw(pixels), self.config.seed)
         self.set_quantile(self.config.quantile)
 
     @property
@@ -106,7 +95,7 @@ class Detector:
     def set_quantile(self, quantile: float) -> float:
         """Move the threshold; returns the expected share of normal images above it."""
         self.config = self.config.replace(quantile=quantile)
-        self.threshold, above = threshold_at(self.normal, quantile)
+        self.threshold, above = scoring.threshold_at(self.normal, quantile)
         return above
 
     def __call__(self, images: Tensor | Sequence[str | Path]) -> Verdicts:
@@ -137,7 +126,7 @@ class Detector:
 
         UserError where one is not finite, as after a training that diverged.
         """
-        parts = self.each(pixels, lambda o: raw_scores(o, self.config.scores))
+        parts = self.each(pixels, lambda o: scoring.raw_scores(o, self.config.scores))
         scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
         raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
         check_finite({**raw.scores, "z - z_hat": raw.gaps})
@@ -145,12 +134,12 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return check_finite(all_scores(self.raw(pixels), self.calibration.statistics))
+        return check_finite(scoring.all_scores(self.raw(pixels), self.calibration.statistics))
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         known = self.calibration.statistics
-        return torch.cat(self.each(pixels, lambda o: heat_map(o, known).cpu()))
+        return torch.cat(self.each(pixels, lambda o: scoring.heat_map(o, known).cpu()))
 
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
@@ -193,9 +182,9 @@ def load_detector(path, device: torch.device) -> Detector:
         threshold, scale = float(state["threshold"]), state["scale"]
         if (scale is None) != (config.normalise == "none"):
             raise ValueError
-        zeros = {name: torch.zeros(1) for name in PLAIN_SCORES}
+        zeros = {name: torch.zeros(1) for name in scoring.PLAIN_SCORES}
         raw = Raw(zeros, torch.zeros(1, config.latent_dim).double())
-        all_scores(raw, calibration.statistics)  # raises where shapes or names do not fit
+        scoring.all_scores(raw, calibration.statistics)  # raises where shapes or names do not fit
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:

@@ -29,6 +29,8 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
         labels, verdicts, average="binary", zero_division=0
     )
     bad, good = int(labels.sum()), int((labels == 0).sum())
+    precisions, recalls, _ = precision_recall_curve(labels, scores)
+    f1s = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
     return {
         "auroc": auroc(labels, scores),
         "average_precision": float(average_precision_score(labels, scores)),
@@ -36,15 +38,9 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
         "precision": float(precision),
         "recall": float(recall),
         "accuracy": float(accuracy_score(labels, verdicts)),
-        "f1_max": f1_max(labels, scores),
+        "f1_max": float(np.max(f1s)),
         "f1_trivial": 2 * bad / (2 * bad + good),
     }
-
-
-def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The best F1 that any threshold reaches on these labels."""
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:

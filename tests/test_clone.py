@@ -196,8 +196,8 @@ def discriminator('''
     edit(clone / "ganomaly/losses.py", ("def discriminator(", loss))
     edit(
         clone / "ganomaly/training.py",
-        ("        terms = {  # name: weight, loss\n", "        terms = {  # name: weight, loss\n"
-         '            "edges": (config.w_edges, losses.edges(x, x_hat)),\n'),
+        ("        }\n        loss_g", '            "edges": (config.w_edges, losses.edges(x, x_hat)),\n'
+         "        }\n        loss_g"),
         ("contextual(x, x_hat)", "contextual(x, -x_hat if config.inverted else x_hat)"),
     )  # fmt: skip
     knobs = """    w_edges: float = knob(0.0, "weight of the loss of edges", low=0)

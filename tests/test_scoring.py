@@ -116,18 +116,18 @@ def test_scores_are_their_formulas(detector):
     with torch.no_grad():
         z, x_hat, z_hat = detector.networks["generator"](x)
         f, f_hat = (detector.networks["discriminator"](image)[1] for image in (x, x_hat))
+    gaps, differences, features = (
+        t.flatten(1).double().tolist() for t in (z - z_hat, x - x_hat, f - f_hat)
+    )
     for i in range(3):
-        gap = (z[i] - z_hat[i]).tolist()
-        difference = (x[i] - x_hat[i]).flatten().tolist()
-        features = (f[i] - f_hat[i]).flatten().tolist()
         literal = {
-            "latent": sum(v * v for v in gap) / len(gap),
-            "latent_l1": sum(abs(v) for v in gap) / len(gap),
-            "contextual": sum(abs(v) for v in difference) / len(difference),
-            "feature": sum(v * v for v in features) / len(features),
+            "latent": sum(v * v for v in gaps[i]) / len(gaps[i]),
+            "latent_l1": sum(abs(v) for v in gaps[i]) / len(gaps[i]),
+            "contextual": sum(abs(v) for v in differences[i]) / len(differences[i]),
+            "feature": sum(v * v for v in features[i]) / len(features[i]),
         }
-        for name, value in literal.items():
-            assert scores[name][i].item() == pytest.approx(value, rel=1e-4), name
+        ours = {name: scores[name][i].item() for name in literal}
+        assert ours == pytest.approx(literal, rel=1e-4)
 
 
 def outputs(x: torch.Tensor, x_hat: torch.Tensor, logits=None) -> scoring.Outputs:
@@ -135,11 +135,10 @@ def outputs(x: torch.Tensor, x_hat: torch.Tensor, logits=None) -> scoring.Output
     return scoring.Outputs(x, x_hat, nothing, nothing, nothing, nothing, logits)
 
 
-def smooth(n, size=32, seed=0):
+def smooth(n, seed=0):
     """Smooth images in [-.5, .5]."""
-    rng = torch.Generator().manual_seed(seed)
-    cells = torch.rand(n, 3, 4, 4, generator=rng) - 0.5
-    return torch.nn.functional.interpolate(cells, (size, size), mode="bilinear")
+    cells = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) - 0.5
+    return torch.nn.functional.interpolate(cells, (32, 32), mode="bilinear")
 
 
 @pytest.mark.parametrize("name", ("residual", "gradient"))
@@ -228,19 +227,19 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
 
 
 def test_scores_are_float32_whatever_the_training_precision(detector):
-    assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
     expected, heat = detector.scores(images(2)), detector.heat_maps(images(2))
+    assert {values.dtype for values in expected.values()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         assert close(expected, detector.scores(images(2)))
         assert torch.equal(heat, detector.heat_maps(images(2)))
 
 
-def gaps(n, dim, seed, scale=1.0):
+def gaps(n, dim, seed):
+    """z - z_hat (n, dim) of correlated Gaussian noise."""
     rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((dim, dim))
-    offset = rng.standard_normal(dim)
+    mixing, offset = rng.standard_normal((dim, dim)), rng.standard_normal(dim)
     noise = np.random.default_rng(seed + 1000).standard_normal((n, dim))
-    return torch.from_numpy(scale * (noise @ mixing + offset))
+    return torch.from_numpy(noise @ mixing + offset)
 
 
 def test_whitened_is_invariant_under_rotation_shift_and_uniform_scaling():
@@ -358,31 +357,27 @@ class Malicious:
 
 def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = tmp_path / "whole.pt"
-    torch.save(detector.state(), whole)
-    state = detector.state()
-    bad = {
-        "text.pt": lambda p: p.write_text("hello"),
-        "empty.pt": lambda p: p.write_bytes(b""),
-        "cut.pt": lambda p: p.write_bytes(whole.read_bytes()[:5000]),
-        "pickle.pt": lambda p: torch.save({"config": Malicious()}, p),
-        "list.pt": lambda p: torch.save([1, 2], p),
-        "other.pt": lambda p: torch.save({**state, "config": Config().to_json()}, p),
-        "old.pt": lambda p: torch.save({"generator": state["networks"]["generator"]}, p),
-        "cov.pt": lambda p: torch.save(
-            {**state, "statistics": {**state["statistics"], "precision": torch.zeros(3, 3)}}, p
-        ),
-        "parts.pt": lambda p: torch.save(
-            {**state, "statistics": {**state["statistics"], "parts": {"residual": 3}}}, p
-        ),
-        "scale.pt": lambda p: torch.save({**state, "scale": 4.0}, p),
-        "names.pt": lambda p: torch.save({**state, "scores": {"feature": torch.ones(1)}}, p),
-        "more.pt": lambda p: torch.save({**state, "scores": {**state["scores"], "best": 1}}, p),
-    }
-    for name, make in bad.items():
-        make(tmp_path / name)
-        with pytest.raises(UserError, match=name) as error:
-            load_detector(tmp_path / name, CPU)
+    path, state = tmp_path / "bad.pt", detector.state()
+    statistics = state["statistics"]
+    torch.save(state, path)
+    bad = [
+        b"hello",
+        b"",
+        path.read_bytes()[:5000],
+        [1, 2],
+        {"config": Malicious()},
+        {"generator": state["networks"]["generator"]},
+        {**state, "config": Config().to_json()},
+        {**state, "statistics": {**statistics, "precision": torch.zeros(3, 3)}},
+        {**state, "statistics": {**statistics, "parts": {"residual": 3}}},
+        {**state, "scale": 4.0},
+        {**state, "scores": {"feature": torch.ones(1)}},  # not the headline score
+        {**state, "scores": {**state["scores"], "best": torch.ones(1)}},
+    ]
+    for content in bad:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UserError, match="bad.pt: not a model.pt") as error:
+            load_detector(path, CPU)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "pwned").exists()
     with pytest.raises(UserError, match="no such model"):

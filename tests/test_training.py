@@ -144,10 +144,19 @@ def test_the_generators_loss_is_the_weighted_sum_of_the_others():
     assert r["generator"] == pytest.approx(total, rel=1e-5) and r["comparator"] == 0
 
 
-def test_a_finished_checkpoint_is_not_trained_further():
-    whole = Memory()
-    expected = train(SMALL, PIXELS, CPU, whole)
-    assert same(expected, train(SMALL, PIXELS, CPU, Memory(whole.saved[6])))
+def test_checkpoints_come_every_so_many_steps_and_at_the_end_and_hold_all_that_goes_on():
+    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
+        memory = Memory()
+        trained = train(SMALL.replace(checkpoint_every=every, amp="fp16"), PIXELS, CPU, memory)
+        assert sorted(memory.saved) == expected
+    state = memory.state(6)
+    names = "generator discriminator average_generator optimizer_g optimizer_d scaler batches"
+    assert {*names.split(), "step", "seconds", "sums", "images"} < set(state)
+    assert "encoder1.features.3.running_var" in state["average_generator"]
+    # A finished one is not trained further
+    finished = SMALL.replace(amp="fp16")
+    assert same(trained, train(finished, PIXELS, CPU, Memory(memory.saved[6])))
+    assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
 
 
 def test_a_checkpoint_of_other_code_or_images_is_refused():
@@ -277,30 +286,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypat
     assert sorted(memory.saved) == [3]
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end():
-    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
-        memory = Memory()
-        train(SMALL.replace(checkpoint_every=every), PIXELS, CPU, memory)
-        assert sorted(memory.saved) == expected
-
-
-def test_a_checkpoint_holds_all_that_goes_on():
-    memory = Memory()
-    train(SMALL.replace(amp="fp16"), PIXELS, CPU, memory)
-    state = memory.state(3)
-    names = "generator discriminator average_generator optimizer_g optimizer_d scaler batches"
-    assert {*names.split(), "step", "seconds", "sums", "images"} < set(state)
-    assert "encoder1.features.3.running_var" in state["average_generator"]
-
-
 def test_fewer_images_than_a_batch_train():
     trained = train(SMALL.replace(batch_size=32, steps=2), images(10), CPU, Memory())
     assert all(value.isfinite().all() for value in weights(trained))
-
-
-def test_speed_counts_the_images_of_all_steps():
-    trained = train(SMALL, PIXELS, CPU, Memory())
-    assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
 
 
 def test_amp_auto_is_bf16_where_the_device_has_it(monkeypatch):
