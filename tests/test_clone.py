@@ -194,10 +194,10 @@ def apply_recipes(clone: Path) -> None:
 
 def discriminator('''
     edit(clone / "ganomaly/losses.py", ("def discriminator(", loss))
+    term = '            "edges": (config.w_edges, losses.edges(x, x_hat)),\n'
     edit(
         clone / "ganomaly/training.py",
-        ("        }\n        loss_g", '            "edges": (config.w_edges, losses.edges(x, x_hat)),\n'
-         "        }\n        loss_g"),
+        ("        }\n        loss_g", term + "        }\n        loss_g"),
         ("contextual(x, x_hat)", "contextual(x, -x_hat if config.inverted else x_hat)"),
     )  # fmt: skip
     knobs = """    w_edges: float = knob(0.0, "weight of the loss of edges", low=0)

@@ -189,17 +189,18 @@ def test_memory_that_does_not_suffice_for_a_checkpoint_is_not_blamed_on_it(monke
 def test_fp16_scales_both_losses_with_one_scaler(monkeypatch):
     """The CUDA path for real: autocast to fp16 with a GradScaler, here the CPU's."""
     calls, scalers = [], []
-    real = torch.amp.GradScaler
-    for name in ("scale", "step", "update"):
-        method = getattr(real, name)
-        monkeypatch.setattr(
-            real,
-            name,
-            lambda self, *a, name=name, method=method: calls.append(name) or method(self, *a),
-        )
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda *a, **k: scalers.append(real(*a, **k)) or scalers[-1]
-    )
+
+    class Spy(torch.amp.GradScaler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            scalers.append(self)
+
+        def __getattribute__(self, name):
+            if name in ("scale", "step", "update"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Spy)
     trained = train(SMALL.replace(amp="fp16", steps=5), PIXELS, CPU, Memory())
     assert scalers[0].is_enabled() and scalers[0].get_scale() >= 1
     assert calls == ["scale", "scale", "step", "step", "update"] * 5
