@@ -113,7 +113,7 @@ def test_bad_images_are_all_listed_with_their_reason(tmp_path):
 
 
 def test_labels_come_from_the_name_good(tmp_path):
-    # `a_bar` sorts before `good`, `z_bar` behind it: neither order may decide.
+    # `a_bar` sorts before `good` and `z_bar` after it: no order may decide.
     draw_category(tmp_path / "parts", n_good=3, n_bad=2, defects=("a_bar", "z_bar"))
     for channels in (1, 3):
         c = data.load(folder(channels=channels), tmp_path)
@@ -407,7 +407,7 @@ def test_normalisation_removes_exposure_and_leaves_contrast(grey):
     assert expected.mean((1, 2, 3)).abs().max() < 1e-6
     relative = pixels[0] / pixels[0].double().mean() - 1
     assert torch.allclose(expected[0].double(), relative / 0.8, atol=1e-6)
-    # A veil of light is a loss of contrast, and is seen
+    # Added light lowers the contrast, which is not removed
     assert to_input(pixels + 100, CPU, 0.8).std() < 0.5 * expected.std()
 
 

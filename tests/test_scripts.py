@@ -788,6 +788,22 @@ def test_evaluate_rewrites_identical_numbers(script, parts, tmp_path):
     assert code == 2 and "no finished run" in one_line_error(err)
 
 
+def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, tmp_path):
+    words = train_words(parts, tmp_path)
+    script("train", *words)
+    path = folder_of(tmp_path) / "model.pt"
+    whole, numbers_before = torch.load(path), numbers(folder_of(tmp_path))
+    old = {name: s for name, s in whole["scores"].items() if name != "feature"}
+    torch.save({**whole, "scores": old}, path)
+    assert script("predict", "--model", path, "--images", parts / "parts/test")[0] == 0
+    code, out, err = script("evaluate", *words)
+    assert code == 0 and "changed   nothing" in out, err
+    again = torch.load(path)
+    assert numbers(folder_of(tmp_path)) == numbers_before
+    assert again["scores"].keys() == whole["scores"].keys()
+    assert all(torch.equal(again["scores"][name], whole["scores"][name]) for name in old)
+
+
 def test_evaluate_on_more_images_forgets_looks_at_the_others(script, parts, tmp_path):
     shutil.copytree(parts, tmp_path / "images")
     words = train_words(tmp_path / "images", tmp_path)
