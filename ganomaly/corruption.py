@@ -43,8 +43,9 @@ class Corruption:
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.rng, device=self.device)
+    def uniform(self, n: int) -> Tensor:
+        """(n, 1, 1, 1) in [0, 1): one number for each image."""
+        return torch.rand(n, 1, 1, 1, generator=self.rng, device=self.device)
 
     def gaussian(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, device=self.device)
@@ -59,11 +60,11 @@ class Corruption:
     def moved(self, images: Tensor, reach: float) -> Tensor:
         """Each image transposed, mirrored and rolled at random, by up to reach * S pixels."""
         n, size = len(images), images.shape[-1]
-        images = torch.where(self.uniform(n, 1, 1, 1) < 0.5, images, images.transpose(2, 3))
+        images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)
         reach = max(1, int(reach * size))
         rows, columns = (
-            torch.where(self.uniform(n, 1) < 0.5, pixel, pixel.flip(0))
+            torch.where(self.uniform(n)[:, 0, 0] < 0.5, pixel, pixel.flip(0))
             .add(self.integers(-reach, reach + 1, n)[:, None])
             .remainder(size)
             for _ in range(2)
@@ -89,23 +90,23 @@ class Corruption:
         picked = torch.randint(len(self.images), (n,), generator=self.host)
         other = self.images[picked.to(self.images.device, non_blocking=True)]
         other = to_input(other, self.device, self.scale)
-        piece = self.moved(torch.where(self.uniform(n, 1, 1, 1) < 0.5, other, x), 0.5)
-        piece = piece * (0.75 + 0.5 * self.uniform(n, 1, 1, 1))
-        piece = piece + 0.4 * self.uniform(n, 1, 1, 1) - 0.2 + 0.3 * self.colour(x)
+        piece = self.moved(torch.where(self.uniform(n) < 0.5, other, x), 0.5)
+        piece = piece * (0.75 + 0.5 * self.uniform(n))
+        piece = piece + 0.4 * self.uniform(n) - 0.2 + 0.3 * self.colour(x)
         # Lighter or darker
-        sign = self.uniform(n, 1, 1, 1).sub(0.5).sign()
-        shade = x * (1 - 0.3 * self.uniform(n, 1, 1, 1)) + 0.5 * self.colour(x)
-        shade = shade + sign * (0.12 + self.uniform(n, 1, 1, 1).square())
+        sign = self.uniform(n).sub(0.5).sign()
+        shade = x * (1 - 0.3 * self.uniform(n)) + 0.5 * self.colour(x)
+        shade = shade + sign * (0.12 + self.uniform(n).square())
         # A flat colour with some texture
         cells = int(2 * (size / 2) ** float(torch.rand(1, generator=self.host)))
         texture = self.gaussian(n, 1, cells, cells)
         texture = F.interpolate(texture, size=(size, size), mode="bilinear")
-        flat = 2 * self.uniform(n, 1, 1, 1) - 1 + 0.3 * self.uniform(n, 1, 1, 1) * texture
+        flat = 2 * self.uniform(n) - 1 + 0.3 * self.uniform(n) * texture
         flat = flat + self.colour(x)
 
-        kind = self.uniform(n, 1, 1, 1)
+        kind = self.uniform(n)
         fill = torch.where(kind < 0.5, piece, torch.where(kind < 0.8, shade, flat))
-        weight = alpha * (0.2 + 0.8 * self.uniform(n, 1, 1, 1))
+        weight = alpha * (0.2 + 0.8 * self.uniform(n))
         corrupted = x + weight * (fill.clamp(-1, 1) - x)
 
         mask = (alpha > 0.3).float()

@@ -40,9 +40,9 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() returns the checkpoint to go on from, or None; run.skip(steps) then takes the number
-    of its steps. run.log(record) takes the mean losses of a tick. run.preview(step, networks, scale)
-    may look at the networks before each run.save(state). run.progress is a tqdm.
+    run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes the number of its
+    steps, run.log(record) the mean losses of a tick. run.preview(step, networks, scale) may look at
+    the networks before each run.save(state). run.progress is a tqdm.
 
     UserError where the checkpoint is of other images, other code or another kind of device, and
     where a loss or a weight is not finite. The last checkpoint stays.
