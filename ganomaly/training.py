@@ -40,7 +40,7 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes the number of its
+    run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes its number of
     steps, run.log(record) the mean losses of a tick. run.preview(step, networks, scale) may look at
     the networks before each run.save(state). run.progress is a tqdm.
 
