@@ -94,37 +94,29 @@ def test_every_field_is_a_flag():
         assert type(changed) is type(field.default) or name == "category"
 
 
-REFUSED = [
-    ("steps", -5, "at least 1"),
+REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
     ("steps", 1.5, "whole number"),
     ("steps", True, "whole number"),
     ("steps", "many", "whole number"),
+    ("steps", None, "whole number"),
     ("image_size", 48, "power of two"),
     ("image_size", 16, "at least 32"),
+    ("image_size", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
     ("lr", float("nan"), "more than 0"),
     ("lr", float("inf"), "more than 0"),
+    ("lr", 10**400, "more than 0"),
     ("lr", 0, "more than 0"),
-    ("lr", "fast", "number"),
     ("lr", [1], "number"),
-    ("beta1", 1.0, "less than 1"),
-    ("ema_decay", 1, "less than 1"),
-    ("w_con", -1, "at least 0"),
-    ("amp", "int8", "bf16"),
+    ("beta1", 1, "less than 1"),
     ("score", "best", "latent"),
-    ("dataset", "imagenet", "mvtec"),
     ("dataset", {"a": 1}, "mvtec"),
-    ("quantile", 1, "less than 1"),
-    ("calibration_fraction", 0, "more than 0"),
     ("category", "../x", "folder name"),
     ("category", "..", "folder name"),
     ("category", "", "folder name"),
     ("category", 3, "text"),
-    ("seed", -1, "at least 0"),
-    ("lr", 10**400, "more than 0"),
-    ("steps", None, "whole number"),
-    ("threads", 0, "at least 1"),
 ]
 
 
