@@ -215,7 +215,7 @@ def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
     good = train_folder(folder)
     train = image_files(good)
-    check_train_size(len(train), config, good)
+    kept, held_out = split_calibration(len(train), config, good)
     test = test_files(folder)
     if (folder / "test").is_dir():
         has_good = any(defect == "good" for _, defect in test)
@@ -226,7 +226,6 @@ def load_folder(config: Config, root: Path) -> Category:
                 "add some, or take test/ away to train and calibrate only"
             )
     note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
-    kept, held_out = split_calibration(len(train), config)
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
     pixels = read_images(paths, config.image_size, config.channels)
@@ -317,12 +316,12 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     names = CLASSES[config.dataset]
     anomaly = names.index(config.category)
     normal = torch.from_numpy(np.flatnonzero(classes != anomaly))
-    shuffled = normal[torch.randperm(len(normal), generator=seeded(config))]
+    rng = torch.Generator().manual_seed(config.seed)
+    shuffled = normal[torch.randperm(len(normal), generator=rng)]
     n_train = round(0.8 * len(normal))
-    check_train_size(n_train, config, config.dataset)
+    kept, held_out = split_calibration(n_train, config, config.dataset)
     train, test_good = shuffled[:n_train].sort().values, shuffled[n_train:].sort().values
     test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
-    kept, held_out = split_calibration(n_train, config)
     # One tensor in the order of the parts, so that no part is a copy
     order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
     check_memory(len(order), config.image_size, config.channels)
@@ -342,19 +341,12 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     )
 
 
-# Calibration split
+def split_calibration(n: int, config: Config, where="images") -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted.
 
-
-def seeded(config: Config) -> torch.Generator:
-    return torch.Generator().manual_seed(config.seed)
-
-
-def calibration_size(n: int, config: Config) -> int:
-    return max(MIN_CALIBRATION, round(config.calibration_fraction * n))
-
-
-def check_train_size(n: int, config: Config, where) -> None:
-    held_out = calibration_size(n, config)
+    UserError where n is too small; `where` names the images.
+    """
+    held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n == 0:
         raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
@@ -365,10 +357,5 @@ def check_train_size(n: int, config: Config, where) -> None:
             f"{where}: {n} training images; calibration takes {held_out} and training needs "
             f"{MIN_TRAIN}: {hint}"
         )
-
-
-def split_calibration(n: int, config: Config) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted."""
-    order = torch.randperm(n, generator=seeded(config))
-    held_out = calibration_size(n, config)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values
