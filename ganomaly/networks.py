@@ -46,14 +46,19 @@ def downsampling(config: Config) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def head(config: Config, outputs: int) -> nn.Module:
+    """Features (B, channel_plan[-1], 4, 4) -> (B, outputs, 1, 1)."""
+    last = channel_plan(config.image_size, config.width)[-1]
+    return nn.Conv2d(last, outputs, 4, 1, 0, bias=False)
+
+
 class Encoder(nn.Module):
     """Image (B, channels, S, S) -> latent (B, latent_dim)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        last = channel_plan(config.image_size, config.width)[-1]
         self.features = downsampling(config)
-        self.head = nn.Conv2d(last, config.latent_dim, 4, 1, 0, bias=False)
+        self.head = head(config, config.latent_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)).flatten(1)
@@ -101,9 +106,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.features = downsampling(config)
-        self.head = nn.Conv2d(
-            channel_plan(config.image_size, config.width)[-1], 1, 4, 1, 0, bias=False
-        )
+        self.head = head(config, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)
