@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from ganomaly.config import (
@@ -25,13 +26,13 @@ from ganomaly.config import (
 )
 from ganomaly.errors import UserError
 
+# The scripts import this module first, so that a missing package is one line and no traceback
+if missing := [m for m in "numpy PIL sklearn tensorboard torch tqdm".split() if not find_spec(m)]:
+    hint = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
+    print(f"error: not installed: {', '.join(missing)}; {hint}", file=sys.stderr)
+    sys.exit(2)
+
 EXPERIMENTS = ROOT / "experiments"  # where runs go
-GROUPS = {  # of --help; a field that stands in none of them is in "training"
-    "images": ("dataset", "category", "image_size", "channels", "normalise", "corrupted"),
-    "networks": ("width", "latent_dim", "extra_layers", "comparator_width"),
-    "training": (),
-    "scores": ("score", "quantile", "calibration_fraction"),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,27 +59,20 @@ class Parser(argparse.ArgumentParser):
 
     def add_config_flags(self) -> None:
         """--config and one flag a Config field, with dashes."""
-        self.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         others = ", ".join(DATASET_DEFAULTS)
-        rest = FIELDS.keys() - {name for names in GROUPS.values() for name in names}
-        for title, names in GROUPS.items():
-            if title == "training":
-                names = [name for name in FIELDS if name in rest]
-            if title == "images":
-                title += f"; [defaults], of which {others} have some of their own"
-            group = self.add_argument_group(title)
-            for name in names:
-                key = FIELDS[name]
-                choices = f": {allowed(key)}" if key.metadata["choices"] else ""
-                default = "" if name in ("dataset", "category") else f" [{key.default}]"
-                # A bool's flag may stand alone: --flag is --flag true
-                switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}
-                group.add_argument(
-                    "--" + name.replace("_", "-"),
-                    metavar=str(key.type).split()[0].upper(),
-                    help=key.metadata["help"] + choices + default,
-                    **switch,
-                )
+        group = self.add_argument_group(f"config; [defaults], of which {others} have others")
+        group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
+        for name, key in FIELDS.items():
+            choices = f": {allowed(key)}" if key.metadata["choices"] else ""
+            default = "" if name in ("dataset", "category") else f" [{key.default}]"
+            # A bool's flag may stand alone: --flag is --flag true
+            switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}
+            group.add_argument(
+                "--" + name.replace("_", "-"),
+                metavar=str(key.type).split()[0].upper(),
+                help=key.metadata["help"] + choices + default,
+                **switch,
+            )
 
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags.
@@ -124,19 +118,14 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which trained model, and where its threshold is."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """How to train: no part of a config either."""
+    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
-    )
-    parser.add_argument(
-        "--quantile", type=float, metavar="FLOAT",
-        help="share of normal images under the threshold [as trained]",
+        "--deterministic", action="store_true",
+        help="on CUDA only algorithms that give the same bytes in every run",
     )  # fmt: skip
-
-
-def checked_quantile(args: argparse.Namespace) -> float | None:
-    return None if args.quantile is None else checked(FIELDS["quantile"], args.quantile)
 
 
 def add_list_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,13 +139,14 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
     return args.categories or ([args.category] if args.category else None)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """How to train: no part of a config either."""
-    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which trained model, and where its threshold is."""
     parser.add_argument(
-        "--deterministic", action="store_true",
-        help="on CUDA only algorithms that give the same bytes in every run",
+        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
+    )
+    parser.add_argument(
+        "--quantile", type=lambda text: checked(FIELDS["quantile"], float(text)), metavar="FLOAT",
+        help="share of normal images under the threshold [as trained]",
     )  # fmt: skip
 
 
@@ -187,11 +177,9 @@ def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
 def recipes() -> list[str]:
     """The names of the recipes that git keeps; without git of all experiments."""
     here = ROOT / "experiments"
+    words = ["git", "ls-files", "*/config.json"]
     try:
-        listed = subprocess.run(
-            ["git", "ls-files", "*/config.json"], cwd=here, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
+        listed = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
         paths = [Path(line) for line in listed.stdout.splitlines()]
     except (OSError, subprocess.CalledProcessError):
         paths = [path.relative_to(here) for path in here.glob("*/config.json")]
@@ -201,7 +189,5 @@ def recipes() -> list[str]:
 def note_unused_root(config: Config, args: argparse.Namespace) -> None:
     """Say that the digits come from scikit-learn, where --data-root names a folder."""
     if config.dataset == "digits" and args.data_root is not None:
-        print(
-            "note: the digits need no --data-root; --category or --dataset folder takes images",
-            file=sys.stderr,
-        )
+        hint = "--category or --dataset folder takes images"
+        print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)

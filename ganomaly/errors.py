@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import signal
 import sys
 import threading
 
@@ -72,21 +70,6 @@ def exit_code(code: int) -> int:
     """0 under torchrun with restarts where a restart of all workers would not help."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     return 0 if code in (1, 2) and restarts else code
-
-
-@contextlib.contextmanager
-def leaving_at_once():
-    """Around imports, where Ctrl-C inside of an extension module becomes any other error."""
-
-    def leave(*_):
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def quiet(failure: threading.ExceptHookArgs) -> None:

@@ -9,18 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import (
-    Parser,
-    add_list_flags,
-    add_place_flags,
-    add_run_flags,
-    asked_categories,
-    experiment_folder,
-    recipe_name,
-    recipe_values,
-)
+from ganomaly import cli, data
 from ganomaly.config import Config, resolve
-from ganomaly.errors import UserError, exit_code, guard, leaving_at_once
+from ganomaly.device import use_device
+from ganomaly.errors import UserError, exit_code, guard
+from ganomaly.files import write_atomic
+from ganomaly.runs.experiment import rewriting, runs_of, warn
+from ganomaly.runs.pipeline import Setting, plan_all, run_all
+from ganomaly.runs.results import Page, Table, csv_text, markdown, spread
+from ganomaly.training import resolve_amp
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
 ABLATIONS = [
@@ -36,38 +33,33 @@ ABLATIONS = [
     ("no comparator", dict(comparator_width=0)),
     ("no corruption, no comparator", dict(corrupted=0.0, comparator_width=0)),
 ]
+Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> metrics
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
     parser.add_argument("--experiment", metavar="NAME", help="[local/ablations-<recipe>]")
-    add_list_flags(parser)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
-    add_run_flags(parser)
-    add_place_flags(parser)
+    cli.add_list_flags(parser)
+    cli.add_run_flags(parser)
+    cli.add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
-    name = args.experiment or f"local/ablations-{recipe_name(args)}"
-    recipe = resolve({**recipe_values(parser, args), "category": None})
-    names = [ablation for ablation, _ in ABLATIONS]
+    experiment = args.experiment or f"local/ablations-{cli.recipe_name(args)}"
+    recipe = resolve({**cli.recipe_values(parser, args), "category": None})
+    names = [name for name, _ in ABLATIONS]
     if unknown := set(args.only or ()) - set(names):
         raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
-    folder = experiment_folder(args, name)
+    folder = cli.experiment_folder(args, experiment)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 
-    with leaving_at_once():
-        from ganomaly import data
-        from ganomaly.device import use_device
-        from ganomaly.runs import experiment, pipeline
-
-    categories = asked_categories(args) or data.categories_of(recipe, args.data_root)
+    categories = cli.asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
-    recipe = pipeline.with_precision(recipe, device)
-    chosen = {name: changed(recipe, changes) for name, changes in ABLATIONS}
-    chosen = {name: config for name, config in chosen.items() if name in (args.only or names)}
-    if same := [n for n, config in chosen.items() if config == recipe and n != "base"]:
+    recipe = recipe.replace(amp=resolve_amp(recipe.amp, device))
+    chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in (args.only or names)}
+    if same := [name for name, config in chosen.items() if config == recipe and name != "base"]:
         print(f"note: the recipe is without these as it is: {', '.join(same)}", file=sys.stderr)
     jobs = {}
     for seed in args.seeds or [recipe.seed]:
@@ -76,25 +68,24 @@ def main(argv=None) -> int:
                 one = config.replace(category=category, seed=seed)
                 label = f"{name}, {data.category_name(one, args.data_root)} seed {seed}"
                 jobs[label] = one, folder / slug(name)
-    setting = pipeline.Setting(args.data_root, device, args.force, args.download)
+    setting = Setting(args.data_root, device, args.force, args.download)
     if args.dry_run:
-        return pipeline.plan_all(jobs, setting)
+        return plan_all(jobs, setting)
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
         message = data.missing_message(missing, categories)
         raise UserError(f"{message}: {next(iter(missing.values()))}")
 
     def line_of(metrics: dict) -> str:
-        with experiment.rewriting(folder):
-            write_tables(folder)
+        write_tables(folder)
         if metrics["auroc"] is None:
             raise UserError("no test/, so nothing can be compared")
         return f"AUROC {metrics['auroc']:.4f}"
 
-    finished, failed = pipeline.run_all(jobs, setting, line_of)
+    finished, failed = run_all(jobs, setting, line_of)
     if finished:
-        categories = {metrics["category"] for metrics in finished.values()}
-        seeds = {metrics["seed"] for metrics in finished.values()}
-        print(markdown(*read_runs(folder, [*chosen], categories, seeds)))
+        keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
+        runs = read_runs(folder)
+        print(markdown(page({k: m for k, m in runs.items() if k[0] in chosen and k[1:] in keys})))
         print(f"written {folder / 'results.md'}")
     return 1 if failed else 0
 
@@ -108,86 +99,70 @@ def changed(recipe: Config, changes: dict) -> Config:
     return recipe.replace(**values)
 
 
-def read_runs(folder: Path, names=None, categories=None, seeds=None) -> tuple[dict, list[str]]:
-    """(ablation, category, seed) -> metrics of the runs that are there, and their scores' names.
-
-    All of them, or those of some ablations, categories and seeds.
-    """
-    from ganomaly.runs.experiment import runs_of
-
-    def refused(error):
-        print(f"warning: not in the table: {error}", file=sys.stderr)
-
+def read_runs(folder: Path) -> Runs:
+    """The evaluated runs that are there."""
     runs = {}
-    for name in names or [name for name, _ in ABLATIONS]:
-        for _, metrics, _ in runs_of(folder / slug(name), refused):
-            category, seed = metrics["category"], metrics["seed"]
-            asked = category in (categories or [category]) and seed in (seeds or [seed])
-            if asked and metrics["auroc"] is not None:
-                runs[name, category, seed] = metrics
-    return runs, list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+    for name, _ in ABLATIONS:
+        for _, metrics, _ in runs_of(folder / slug(name), warn):
+            if metrics["auroc"] is not None:
+                runs[name, metrics["category"], metrics["seed"]] = metrics
+    return runs
 
 
 def write_tables(folder: Path) -> None:
-    """results.csv and results.md, from the metrics of all runs that are there."""
-    from ganomaly.files import write_atomic
-    from ganomaly.runs.results import csv_text
-
-    runs, scores = read_runs(folder)
-    rows = []
-    for (name, category, seed), m in runs.items():
-        base = runs.get(("base", category, seed))
-        apart = None if base is None else f"{m['auroc'] - base['auroc']:.6g}"
-        every = [m["scores"].get(s) for s in scores]
-        every = [None if v is None else f"{v:.6g}" for v in every]
-        rows.append([name, category, seed, f"{m['auroc']:.6g}", apart, *every])
-    header = [
-        "ablation", "category", "seed", "auroc", "difference", *(f"auroc_{s}" for s in scores),
-    ]  # fmt: skip
-    write_atomic(folder / "results.csv", csv_text(header, rows))
-    write_atomic(folder / "results.md", markdown(runs, scores))
+    """results.csv and results.md of all runs that are there."""
+    with rewriting(folder):
+        runs = read_runs(folder)
+        scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+        rows = []
+        for (name, category, seed), m in runs.items():
+            base = runs.get(("base", category, seed))
+            difference = None if base is None else m["auroc"] - base["auroc"]
+            every = [m["scores"].get(score) for score in scores]
+            rows.append([name, category, seed, m["auroc"], difference, *every])
+        header = ["ablation", "category", "seed", "auroc", "difference"]
+        text = csv_text([*header, *(f"auroc_{score}" for score in scores)], rows)
+        write_atomic(folder / "results.csv", text)
+        write_atomic(folder / "results.md", markdown(page(runs)))
 
 
-def markdown(runs: dict, scores: list[str]) -> str:
-    from ganomaly.runs.results import spread
-
+def page(runs: Runs) -> Page:
+    """Means, deviations, and the differences to the base run of the same category and seed."""
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
     names = list(dict.fromkeys(name for name, *_ in runs))
+    scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
 
-    def values(name: str, category: str | None, pick) -> tuple[list[float], list[float]]:
-        """The figure of an ablation's runs, and its differences to the base run's."""
-        mine = {k[1:]: m for k, m in runs.items() if k[0] == name and category in (None, k[1])}
-        pairs = [(pick(m), pick(runs.get(("base", *key), {}))) for key, m in mine.items()]
-        figures = [a for a, _ in pairs if a is not None]
-        return figures, [a - b for a, b in pairs if a is not None and b is not None]
+    def cells(name: str, figure, of=categories) -> tuple[str, str]:
+        """The spread of an ablation's figures, and that of their differences to the base."""
+        mine = {key[1:]: figure(m) for key, m in runs.items() if key[0] == name and key[1] in of}
+        figures = {key: value for key, value in mine.items() if value is not None}
+        base = {key: figure(runs.get(("base", *key), {})) for key in figures}
+        pairs = [(v, base[key]) for key, v in figures.items() if base[key] is not None]
+        differences = "" if name == "base" else spread([a - b for a, b in pairs], "+")
+        return spread(list(figures.values())), differences
 
-    lines = [
-        "# Ablations",
-        "",
+    def auroc(m: dict):
+        return m.get("auroc")
+
+    header = ["ablation", *(title for c in categories for title in (c, "difference"))]
+    rows = [
+        [name, *(x for c in categories for x in cells(name, auroc, [c])), cells(name, auroc)[1]]
+        for name in names
+    ]
+    every = []
+    for name in names:
+        both = [cells(name, lambda m, s=score: m.get("scores", {}).get(s)) for score in scores]
+        every.append([name, *(mean if name == "base" else diff for mean, diff in both)])
+    return [
+        "Ablations",
         f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
         "difference to the base run of the same category and seed.",
-        "",
-        *sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()}),
-        "",
+        "\n".join(sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()})),
+        Table([*header, "difference, all"], rows),
+        "Every score of the same runs, difference to the base run over all sets:",
+        Table(["ablation", *scores], every),
     ]
-    titles = [f"{c} | difference" for c in categories] + ["difference, all"]
-    lines += [f"| ablation | {' | '.join(titles)} |", "|---" * (2 * len(categories) + 2) + "|"]
-    for name in names:
-        cells = []
-        for category in categories:
-            figures, apart = values(name, category, lambda m: m.get("auroc"))
-            cells += [spread(figures), "" if name == "base" else spread(apart, "+")]
-        _, apart = values(name, None, lambda m: m.get("auroc"))
-        cells.append("" if name == "base" else spread(apart, "+"))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Every score of the same runs, difference to the base run over all sets:", ""]
-    lines += [f"| ablation | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
-    for name in names:
-        both = [values(name, None, lambda m, s=s: m.get("scores", {}).get(s)) for s in scores]
-        cells = [spread(a) if name == "base" else spread(b, "+") for a, b in both]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,13 @@ from urllib.request import Request, urlopen
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly.cli import Parser
+
+# isort: split
+from tqdm import tqdm
+
+from ganomaly.data import MVTEC, data_root_of
 from ganomaly.errors import UserError, guard
+from ganomaly.files import locked
 
 URL = (
     "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/"
@@ -32,9 +38,6 @@ def main(argv=None) -> int:
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="[data/mvtec]")
     parser.add_argument("--url", default=URL, metavar="URL", help="a mirror or a local file")
     args = parser.parse_args(argv)
-    from ganomaly.data import MVTEC, data_root_of  # imported late: --help does not wait for torch
-    from ganomaly.files import locked
-
     root = data_root_of("mvtec", args.data_root)
     missing = [name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
     if not missing:
@@ -118,8 +121,6 @@ def size_of(file: Path) -> int:
 
 
 def progress(file, title: str, start: int = 0):
-    from tqdm import tqdm
-
     return tqdm.wrapattr(file, "read", SIZE, desc=title, initial=start, disable=None)
 
 

@@ -10,13 +10,26 @@ import glob
 import io
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_model_flags, checked_quantile
-from ganomaly.errors import UserError, guard, leaving_at_once
+from ganomaly import cli
+
+# isort: split
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ganomaly.detector import Detector, load_detector
+from ganomaly.device import use_device, use_threads
+from ganomaly.errors import UserError, guard
+from ganomaly.files import check_output, write_atomic, write_output
+from ganomaly.images import SUFFIXES, decode, note_others, read_image, suffix_of
+from ganomaly.runs.pictures import SIDE, explained, png
 
 
 class Item(NamedTuple):  # of text: of a hundred thousand images, a Path each is most of the memory
@@ -25,8 +38,8 @@ class Item(NamedTuple):  # of text: of a hundred thousand images, a Path each is
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
-    add_model_flags(parser)
+    parser = cli.Parser(__doc__)
+    cli.add_model_flags(parser)
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH",
         help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
@@ -37,16 +50,10 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = parser.parse_args(argv)
-    quantile = checked_quantile(args)
-
-    with leaving_at_once():  # imported late: --help and a wrong flag don't wait for torch
-        from ganomaly.detector import load_detector
-        from ganomaly.device import use_device, use_threads
-        from ganomaly.files import check_output, write_output
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
-    above = detector.set_quantile(quantile or detector.config.quantile)
+    above = detector.set_quantile(args.quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
         check_output(args.output)  # before an hour of scoring, not behind it
@@ -82,8 +89,6 @@ def main(argv=None) -> int:
 
 def find_images(text: str) -> list[Item]:
     """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
-    from ganomaly.images import SUFFIXES, note_others, suffix_of
-
     path = Path(text)
     if text == "-":
         given = os.fsdecode(sys.stdin.buffer.read())
@@ -92,7 +97,7 @@ def find_images(text: str) -> list[Item]:
         lines = [line.removesuffix("\r") for line in given.split("\n")]
         if not any(lines):
             raise UserError("--images -: no paths came through the pipe")
-        return [item for line in lines if line for item in listed(Path(line))]
+        return [one_item(Path(line)) for line in lines if line]
     if path.is_dir():
         inside: list[str] = []
         closed: list[str] = []  # folders that cannot be read: a row each, as images are
@@ -101,27 +106,25 @@ def find_images(text: str) -> list[Item]:
             inside += [os.path.join(place, name) for name in names if name[0] != "."]
         inside = [p.removeprefix("./") for p in inside]  # as Path writes them
         note_others(path, inside)
-        inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)]
-        inside += closed
+        inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)] + closed
         if not inside:
             raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         inside.sort(key=lambda p: p.split(os.sep))
         return [Item(p, os.path.relpath(p, path)) for p in inside]
     if path.is_file():
-        return listed(path)
+        return [one_item(path)]
     if glob.has_magic(text):
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        matches = [p for p in matches if p.is_file() and suffix_of(p) in SUFFIXES]
-        if not matches:
-            raise UserError(f"{text}: no image matches this pattern")
-        return [item for p in matches for item in listed(p)]
+        if found := [p for p in matches if p.is_file() and suffix_of(p) in SUFFIXES]:
+            return [one_item(p) for p in found]
+        raise UserError(f"{text}: no image matches this pattern")
     raise UserError(f"{path}: no such image or folder")
 
 
-def listed(path: Path) -> list[Item]:
-    """One image by its own path, there or not: what is not is told in its row."""
+def one_item(path: Path) -> Item:
+    """One image by its own path, whether it exists or not: its row says what is wrong."""
     inside = not path.is_absolute() and ".." not in path.parts
-    return [Item(str(path), str(path) if inside else path.name)]
+    return Item(str(path), str(path) if inside else path.name)
 
 
 def check_inputs(output: Path, inputs: list[str]) -> None:
@@ -131,25 +134,20 @@ def check_inputs(output: Path, inputs: list[str]) -> None:
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
     """No heat map may take the place of an image or of another heat map, nor be scored as one."""
-    seen: dict[Path, str] = {}
+    paths: dict[Path, str] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
         if target.exists() and not is_heatmap(target):
             raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
-        if seen.setdefault(target, path) != path:
-            raise UserError(
-                f"--heatmaps: {seen[target]} and {path} would both be {target}; score them apart"
-            )
+        if paths.setdefault(target, path) != path:
+            both = f"{paths[target]} and {path} would both be {target}"
+            raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def is_heatmap(path: Path) -> bool:
-    from PIL import Image
-
-    from ganomaly.runs.pictures import SIDE
-
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.size == (3 * SIDE, SIDE)
@@ -161,14 +159,8 @@ def heatmap_of(folder: Path, name: str) -> Path:
     return folder / (name if name.endswith(".png") else name + ".png")
 
 
-def judged(detector, items: list[Item], heatmaps: Path | None):
+def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
     """Yield every item with (score, p-value, defective), or with why it cannot be read."""
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from ganomaly.images import decode
-
     config = detector.config
     results = decode((item.path for item in items), config.image_size, config.channels)
     batch = []
@@ -188,13 +180,9 @@ def judged(detector, items: list[Item], heatmaps: Path | None):
         batch = []
 
 
-def write_heatmaps(detector, images, items: list[Item], folder: Path) -> None:
-    import torch
-
-    from ganomaly.files import write_atomic
-    from ganomaly.images import read_image
-    from ganomaly.runs.pictures import SIDE, explained, png
-
+def write_heatmaps(
+    detector: Detector, images: torch.Tensor, items: list[Item], folder: Path
+) -> None:
     maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
     for (path, name), x_hat, heat in zip(items, x_hats, maps):
         large = read_image(path, SIDE, detector.config.channels)

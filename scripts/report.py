@@ -9,27 +9,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser, add_place_flags, experiment_folder
-from ganomaly.errors import UserError, guard, leaving_at_once
+from ganomaly import cli
+from ganomaly.device import use_device
+from ganomaly.errors import UserError, guard
+from ganomaly.files import check_output
+from ganomaly.runs.report import write_report
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
     parser.add_argument("--output", type=Path, metavar="FILE", help="[report.html in the folder]")
-    add_place_flags(parser)
+    cli.add_place_flags(parser)
     args = parser.parse_args(argv)
-    folder = experiment_folder(args, args.experiment)
-    if not [*folder.glob("*/seed*/metrics.json"), *folder.glob("*/*/seed*/metrics.json")]:
-        raise UserError(f"{folder}: no finished run there to report on")
-    with leaving_at_once():
-        from ganomaly.device import use_device
-        from ganomaly.files import check_output
-        from ganomaly.runs import pipeline
-
+    folder = cli.experiment_folder(args, args.experiment)
+    if not list(folder.glob("*/seed*/metrics.json")):
+        # The runs of make ablate are one folder deeper
+        parts = sorted({path.parents[2].name for path in folder.glob("*/*/seed*/metrics.json")})
+        hint = f"; --experiment {args.experiment}/NAME takes {', '.join(parts)}" if parts else ""
+        raise UserError(f"{folder}: no finished run there to report on{hint}")
     output = args.output or folder / "report.html"
     check_output(output)
-    pipeline.write_report(folder, output, args.data_root, use_device(args.device))
+    write_report(folder, output, args.data_root, use_device(args.device))
     print(f"written {output}")
     return 0
 

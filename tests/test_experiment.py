@@ -18,7 +18,12 @@ from ganomaly.runs import experiment
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
 from ganomaly.runs.published import PUBLISHED
-from ganomaly.runs.results import FIGURES, Reference, results_csv, results_md, summary
+from ganomaly.runs.results import FIGURES, Reference, markdown, results_csv, results_page, summary
+from ganomaly.runs.run import kept_lines, read_metrics
+
+
+def markdown_of(*args, **kwargs) -> str:
+    return markdown(results_page(*args, **kwargs))
 
 
 def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dict:
@@ -58,8 +63,8 @@ def test_a_mean_over_fewer_is_named_so_and_stands_beside_no_published_mean():
     runs = [run_metrics(name) for name in ("bottle", "screw")]
     names = [row["category"] for row in rows_of(runs)]
     assert names == ["bottle", "screw", "Mean of 2", "Mean of 1 without screw"]
-    assert "0.421" not in results_md("x", runs) and "0.251" in results_md("x", runs)
-    assert "0.421" in results_md("x", [run_metrics(name) for name in MVTEC])
+    assert "0.421" not in markdown_of("x", runs) and "0.251" in markdown_of("x", runs)
+    assert "0.421" in markdown_of("x", [run_metrics(name) for name in MVTEC])
 
 
 def test_a_mean_of_the_fifteen_stands_whatever_else_is_there():
@@ -74,24 +79,24 @@ def test_the_committed_table_stands_beside_by_category_and_seed():
     figures = {("bottle", 1): 0.7, ("bottle", 2): 0.8, ("bottle", 3): 0.9, ("cable", 1): 0.4}
     reference = Reference("paper", figures, [])
     runs = [run_metrics(c, seed) for seed in (1, 2) for c in ("bottle", "cable", "pill")]
-    text = results_md("x", runs, reference=reference)
+    text = markdown_of("x", runs, reference=reference)
     titles, _, *rows = [x.split(" | ") for x in text.splitlines() if x.startswith("|")][:6]
     beside = {row[0]: row[titles.index("reference")] for row in rows}
     assert beside["| bottle"] == "0.750 ± 0.071" and beside["| cable"] == "0.400"
     assert beside["| pill"] == beside["| Mean of 3"] == ""
     assert "in experiments/paper.\n" in text
-    other = results_md(
+    other = markdown_of(
         "x", runs, reference=reference._replace(differences=["lr (1 there, 2 asked)"])
     )
     assert "in experiments/paper, made with another config: lr (1 there, 2 asked).\n" in other
-    assert "reference" not in results_md("x", [run_metrics("pill")], reference=reference)
+    assert "reference" not in markdown_of("x", [run_metrics("pill")], reference=reference)
 
 
 def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     ours = load(ROOT / "experiments/paper/config.json")
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name
-        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7))
+        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7), force=False)
         found = experiment.reference_of(folder, recipe)
         assert found.name == "paper" and found.differences == ["steps (3000 there, 7 asked)"]
         with open(ROOT / "experiments/paper/results.csv") as file:
@@ -117,18 +122,18 @@ def test_mean_rows_of_each_seed_and_of_other_data_sets():
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
     assert len(results_csv(mixed, alike=False).splitlines()) == 3
-    text = results_md("local", mixed, alike=False)
+    text = markdown_of("local", mixed, alike=False)
     assert "| 3 (digits, seed 1) |" in text and "| 3 (mnist, seed 2) |" in text and "±" in text
     assert "Mean" not in text and "0.500 ±" not in text
 
 
 def test_a_name_cannot_break_the_table():
-    assert "| pipe\\|x |" in results_md("x", [run_metrics("pipe|x")])
+    assert "| pipe\\|x |" in markdown_of("x", [run_metrics("pipe|x")])
 
 
 def test_markdown_gives_mean_and_deviation_over_seeds():
     runs = [run_metrics("bottle", seed, auroc) for seed, auroc in ((1, 0.7), (2, 0.8), (3, 0.9))]
-    text = results_md("x", runs)
+    text = markdown_of("x", runs)
     assert "0.800 ± 0.100" in text and "seeds 1, 2, 3" in text
 
 
@@ -136,7 +141,7 @@ def test_a_run_without_test_images_is_named_and_no_part_of_a_mean():
     empty = {**run_metrics("parts", dataset="folder"), **dict.fromkeys(FIGURES)}
     empty["scores"] = {"latent": None}
     assert rows_of([empty])[0]["auroc"] == ""
-    assert "nothing to evaluate: parts" in results_md("x", [empty])
+    assert "nothing to evaluate: parts" in markdown_of("x", [empty])
     told = summary({**empty, "n_calibration": 39}, 0.95)
     assert "nothing could be evaluated" in told and "5.0% of good images" in told
 
@@ -161,7 +166,7 @@ def test_runs_from_before_a_score_was_added_still_make_a_table():
     newer = run_metrics("cable", scores={"latent": 0.5, "feature": 0.5, "brand_new": 0.9})
     rows = rows_of([run_metrics("bottle"), newer])
     assert [row["auroc_brand_new"] for row in rows] == ["", "0.9", ""]
-    assert "brand_new" in results_md("x", [run_metrics("bottle"), newer])
+    assert "brand_new" in markdown_of("x", [run_metrics("bottle"), newer])
 
 
 def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
@@ -198,7 +203,7 @@ def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_pat
 def test_log_goes_on_from_the_checkpoint_and_drops_a_half_written_line(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 50}\n{"step": 100}\n{"step": 150}\n{"step": 2')
-    assert experiment.kept_lines(log, 100) == ['{"step": 50}\n', '{"step": 100}\n']
+    assert kept_lines(log, 100) == ['{"step": 50}\n', '{"step": 100}\n']
 
 
 def test_samples_are_spread_and_of_both_kinds():
@@ -211,7 +216,7 @@ def test_samples_are_spread_and_of_both_kinds():
 def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
     config = Config(category="bottle", steps=10, seed=7)
     for name in ("mine", "local"):
-        experiment.write_recipe(tmp_path / name, config)
+        experiment.write_recipe(tmp_path / name, config, force=False)
     assert load(tmp_path / "mine/config.json") == config.replace(category=None, seed=42)
     assert not (tmp_path / "local").exists()
     other = config.replace(steps=20, category="screw", seed=1, checkpoint_every=3)
@@ -224,14 +229,9 @@ def test_an_experiment_holds_one_recipe_but_local_any(tmp_path):
     experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="folder"))
     with pytest.raises(UserError, match="dataset"):
         experiment.check_recipe(tmp_path / "mine", other.replace(steps=10, dataset="cifar10"))
-    # Where every run is trained anew the experiment takes another recipe, else it does not
-    runs = [tmp_path / "mine" / name / "seed7" for name in ("bottle", "screw")]
-    for run in runs:
-        write_atomic(run / "config.json", config.to_json())
-    experiment.check_recipe(tmp_path / "mine", other, set(runs))
-    with pytest.raises(UserError, match="another recipe of 1 more runs, screw seed7 for one"):
-        experiment.check_recipe(tmp_path / "mine", other, set(runs[:1]))
-    experiment.write_recipe(tmp_path / "mine", other, set(runs))
+    with pytest.raises(UserError, match="another recipe"):
+        experiment.write_recipe(tmp_path / "mine", other, force=False)
+    experiment.write_recipe(tmp_path / "mine", other, force=True)
     assert load(tmp_path / "mine/config.json").steps == 20
 
 
@@ -258,7 +258,7 @@ def test_edited_metrics_are_refused_by_name_and_cost_the_other_runs_nothing(tmp_
     path = tmp_path / "bottle" / "seed42" / "metrics.json"
     path.write_text(text)
     with pytest.raises(UserError, match="metrics.json"):
-        experiment.read_metrics(path)
+        read_metrics(path)
     experiment.write_results(tmp_path)
     assert f"{path}: not a complete metrics.json" in capsys.readouterr().err
     table = (tmp_path / "results.md").read_text()

@@ -122,14 +122,16 @@ def test_nothing_to_report_on_is_refused(script, tmp_path):
 
 def test_charts_show_what_the_numbers_say():
     labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
-    chart = charts.histogram(labels, scores, 0.5)
+    chart = charts.histogram(labels, scores, 0.5, "a<b")
     bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)".*?height="([\d.]+)"', chart)
     full = f"{charts.H - 4:.1f}"
     third = f"{(charts.H - 4) / 3:.1f}"
     last = f"{charts.W * (1 - 1 / charts.BINS):.1f}"
     assert bars == [("good", "0.0", full), ("bad", "0.0", third), ("bad", last, full)]
     assert f'class="cut" d="M{charts.W / 2:.1f} 0' in chart
-    assert charts.roc(labels, scores)[1].tolist() == [0, 0.75, 1]
+    assert ">a&lt;b</text>" in chart
+    (line,) = re.findall(r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "x", 0.25))
+    assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
 
 
 def test_a_browser_opens_it_without_a_word(script, experiment, tmp_path):

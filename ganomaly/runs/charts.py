@@ -1,64 +1,125 @@
-"""Charts of one category as SVG: score histogram, ROC curves, losses by step."""
+"""Charts in SVG: lines and histograms; the picture of AUROC by training step.
+
+Looking at a test set during training is allowed, choosing by it is not. The picture shows how much
+the figure of a "best epoch" owes to chance.
+"""
 
 from __future__ import annotations
 
+import csv
+import statistics
+from html import escape
+from pathlib import Path
+
 import numpy as np
 
-W, H = 320, 180  # of a chart, pixels
-BINS = 40
+W, H = 280, 180  # of a chart, pixels
+LEFT, TOP, RIGHT, BOTTOM = 38, 22, 8, 22  # around it, for text
+BINS, COLUMNS = 40, 4
+COLOURS = (
+    "#4477aa", "#ee6677", "#228833", "#aa8800", "#66ccee", "#aa3377", "#888888", "#ee8866",
+    "#44bb99", "#994455",
+)  # fmt: skip
+STYLE = (
+    "text{font:12px sans-serif;fill:#333}.axis{stroke:#8888;fill:none}.seed{opacity:.3}"
+    "path{fill:none;stroke-width:1.5}.mean{stroke-width:2}"
+    "@media (prefers-color-scheme:dark){text{fill:#ccc}}"
+)
 
 
-def svg(inside: str, low: str, high: str) -> str:
-    """Axes of W x H, the ends of the horizontal one named."""
+def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> str:
+    """A picture of charts in rows, below a head that is `top` pixels high."""
+    columns = min(columns, len(charts))
+    width, height = W + LEFT + RIGHT, H + TOP + BOTTOM
+    size = columns * width, top + -(-len(charts) // columns) * height
+    places = [(i % columns * width + LEFT, top + i // columns * height + TOP)
+              for i in range(len(charts))]  # fmt: skip
+    inside = [f'<g transform="translate({x} {y})">{c}</g>' for (x, y), c in zip(places, charts)]
     return (
-        f'<svg viewBox="0 -6 {W} {H + 24}" width="{W}" height="{H + 30}">'
-        f'<path class="axis" d="M0 0V{H}H{W}"/>{inside}'
-        f'<text x="0" y="{H + 14}">{low}</text>'
-        f'<text x="{W}" y="{H + 14}" text-anchor="end">{high}</text></svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" '
+        f'width="{size[0]}" height="{size[1]}">{head}{"".join(inside)}</svg>\n'
     )
 
 
-def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float) -> str:
-    """Shares of good and defective images by score; what lies far out is in the last bar."""
+def axes(title: str, x_range: tuple, y_range: tuple = ()) -> str:
+    """The frame of a chart; the values at the ends of its axes."""
+    ends = zip((0, W), ("start", "end"), x_range)
+    x = [f'<text x="{x}" y="{H + 15}" text-anchor="{end}">{v:.4g}</text>' for x, end, v in ends]
+    y = [f'<text x="-6" y="{y}" text-anchor="end">{v:.2f}</text>' for y, v in zip((H, 12), y_range)]
+    frame = f'<rect width="{W}" height="{H}" class="axis"/>'
+    return f'{frame}<text x="4" y="-6">{escape(title)}</text>{"".join(x + y)}'
+
+
+def line_chart(lines: list[tuple], title: str, low: float = 0.0, high: float = 1.0) -> str:
+    """lines: (x values, y values, attributes of the path); x from 0, y from low to high."""
+    last = max((float(max(x)) for x, *_ in lines), default=1) or 1
+    out = [axes(title, (0, last), (low, high))]
+    for x_values, y_values, attributes in lines:
+        points = zip(x_values, y_values)
+        at = (f"{x / last * W:.1f},{H - (y - low) / (high - low) * H:.1f}" for x, y in points)
+        out.append(f'<path {attributes} d="M{" ".join(at)}"/>')
+    return "".join(out)
+
+
+def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: str) -> str:
+    """Shares of good and defective images by score; the last bar has what lies far out."""
     low = float(min(scores.min(), threshold))
     high = max(float(np.quantile(scores, 0.98)), threshold)
     span = (high - low) or 1.0
-    inside = []
+    out = [axes(title, (low, high))]
     for label, kind in ((0, "good"), (1, "bad")):
         places = np.clip((scores[labels == label] - low) / span * BINS, 0, BINS - 1).astype(int)
         counts = np.bincount(places, minlength=BINS)
         for i in np.flatnonzero(counts):
             h = counts[i] / counts.max() * (H - 4)
-            inside.append(
+            out.append(
                 f'<rect class="{kind}" x="{i * W / BINS:.1f}" y="{H - h:.1f}" '
                 f'width="{W / BINS:.1f}" height="{h:.1f}"/>'
             )
     cut = (threshold - low) / span * W
-    inside.append(f'<path class="cut" d="M{cut:.1f} 0V{H}"/>')
-    return svg("".join(inside), f"{low:.3g}", f"{high:.3g}")
+    return "".join([*out, f'<path class="cut" d="M{cut:.1f} 0V{H}"/>'])
 
 
-def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.metrics import roc_curve
+# AUROC by step
 
-    false_alarms, found, _ = roc_curve(labels, scores)
-    return false_alarms, found
+Curve = dict[str, dict[int, float]]  # score -> {step: AUROC}
 
 
-def roc_chart(rocs: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    diagonal = f'<path class="axis" d="M0 {H}L{W} 0"/>'
-    return svg(diagonal + "".join(line(x, y, "good") for x, y in rocs), "0", "1")
+def read_curve(path: Path) -> Curve:
+    """A run's curve.csv; empty where there is no such file, or a damaged one."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name != "step"] if rows else []
+        curve = {name: {int(row["step"]): float(row[name]) for row in rows} for name in names}
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
+        return {}
+    sound = all(0 <= value <= 1 for points in curve.values() for value in points.values())
+    return curve if sound and None not in curve else {}
 
 
-def losses(records: list[dict]) -> str:
-    steps = np.array([record["step"] for record in records], float)
-    inside = ""
-    for name, kind in (("contextual", "good"), ("discriminator", "bad")):
-        values = np.log10(np.maximum([record[name] for record in records], 1e-9))
-        inside += line(steps / steps[-1], (values - values.min()) / (np.ptp(values) or 1), kind)
-    return svg(inside, "0", f"{steps[-1]:.0f}")
-
-
-def line(x: np.ndarray, y: np.ndarray, kind: str) -> str:
-    points = " ".join(f"{a * W:.1f},{(1 - b) * H:.1f}" for a, b in zip(x, y))
-    return f'<path class="{kind}" style="fill:none" d="M{points}"/>'
+def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
+    """A chart a category; a thin line a score and seed, a thick one for the mean of the seeds."""
+    names = list(dict.fromkeys(n for curves in runs.values() for curve in curves for n in curve))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    per_row = max(1, min(COLUMNS, len(runs)) * (W + LEFT + RIGHT) // 150)  # of the legend
+    head = f'<style>{STYLE}</style><text x="20" y="22" font-weight="bold">{escape(title)}</text>'
+    for i, (name, colour) in enumerate(colours.items()):
+        x, y = 20 + i % per_row * 150, 42 + i // per_row * 18
+        head += f'<path d="M{x} {y - 4}h18" stroke="{colour}" class="mean"/>'
+        head += f'<text x="{x + 23}" y="{y}">{escape(name)}</text>'
+    charts = []
+    for category, curves in runs.items():
+        values = [v for curve in curves for points in curve.values() for v in points.values()]
+        lines = []
+        for name, colour in colours.items():
+            seeds = [curve[name] for curve in curves if name in curve]
+            for points in seeds if len(seeds) > 1 else []:
+                lines.append((points.keys(), points.values(), f'stroke="{colour}" class="seed"'))
+            steps = [s for s in (seeds[0] if seeds else {}) if all(s in points for points in seeds)]
+            means = [statistics.fmean(points[step] for points in seeds) for step in steps]
+            if steps:
+                lines.append((steps, means, f'stroke="{colour}" class="mean"'))
+        low = min([0.5, *(int(value * 10) / 10 for value in values)])
+        charts.append(line_chart(lines, f"{category}, AUROC by step", low))
+    return svg(charts, COLUMNS, head, top=40 + 18 * -(-len(names) // per_row))

@@ -1,9 +1,10 @@
-"""What is found out about a detector on a category's test images: scores.csv, metrics.json."""
+"""What the test images say of a detector: scores.csv, metrics.json; a look at it in training."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +16,29 @@ from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector
 from ganomaly.files import write_json
-from ganomaly.runs.experiment import Run
 from ganomaly.runs.results import FIGURES, LOOK_IMAGES
+from ganomaly.runs.run import Run
+from ganomaly.scoring import Outputs
 
-# Images at a time, and at most for the mean image and the PCA: as many as take these bytes in
-# float32, but at least so many that every second one suffices for a PCA of 40 components
+# Cap the images of one pass and those used for the PCA by memory; at least 82, of which every
+# second one suffices for 40 components.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
+EXACT_PIXELS = 2**22  # more of them are counted in a histogram: scikit-learn takes 65 bytes of each
 
 
-def assess(run: Run, detector: Detector, category: Category, training: dict) -> dict:
-    """Score the test images; write scores.csv and metrics.json."""
+def test_scores(detector: Detector, category: Category) -> dict[str, Tensor]:
+    """Every score of the test images: name -> (N,) float32."""
+    if not len(category.test_labels):
+        return {name: torch.empty(0) for name in detector.config.scores}
+    return detector.scores(category.test)
+
+
+def assess(
+    run: Run, detector: Detector, category: Category, scores: dict[str, Tensor], training: dict
+) -> dict:
+    """Write scores.csv and metrics.json of scored test images. Returns the metrics."""
     labels = category.test_labels
-    scores = {name: torch.empty(0) for name in detector.config.scores}
-    if len(labels):
-        scores = detector.scores(category.test)
     run.write_scores(category, scores)
-    if run.board is not None:
-        run.write_histograms(labels, scores, detector.calibration.scores)
     row = {
         "category": category.name,
         "dataset": detector.config.dataset,
@@ -51,32 +58,32 @@ def assess(run: Run, detector: Detector, category: Category, training: dict) -> 
 def figures(detector: Detector, category: Category, scores: dict) -> dict:
     """The evaluated figures, null where there are no test images."""
     config, threshold, labels = detector.config, detector.threshold, category.test_labels
-    scale = detector.scale
+    nothing = {**dict.fromkeys(FIGURES), "threshold": threshold, "scores": dict.fromkeys(scores)}
     if not len(labels):
-        figures = dict.fromkeys(FIGURES)
-        return {**figures, "threshold": threshold, "scores": dict.fromkeys(scores)}
-    fitting = CONTROL_BYTES // (4 * category.test[0].numel())
-    some = max(CONTROL_LEAST, min(CONTROL_IMAGES, fitting))
-    as_numpy = {name: values.numpy() for name, values in scores.items()}
-    each = {name: metrics.auroc(labels, values) for name, values in as_numpy.items()}
+        return nothing
+    cap = max(CONTROL_LEAST, min(CONTROL_IMAGES, CONTROL_BYTES // (4 * category.test[0].numel())))
+    train = category.train[:: -(-len(category.train) // cap)]
+    raw = metrics.brightness(category.test.numpy()) if config.normalise != "none" else None
+    arrays = {name: values.numpy() for name, values in scores.items()}
     return {
-        **metrics.evaluate(labels, as_numpy[config.score], threshold),
-        "threshold": threshold,
+        **nothing,
+        **metrics.evaluate(labels, arrays[config.score], threshold),
         **metrics.controls(
-            seen(category.train[:: -(-len(category.train) // some)], scale),
-            (seen(part, scale) for part in category.test.split(some)),
+            as_seen_by_network(train, detector.scale),
+            (as_seen_by_network(part, detector.scale) for part in category.test.split(cap)),
             labels,
         ),
-        "auroc_brightness_raw": metrics.auroc(labels, metrics.brightness(category.test.numpy()))
-        if config.normalise != "none"
-        else None,
+        "auroc_brightness_raw": None if raw is None else metrics.auroc(labels, raw),
         "pixel_auroc": pixel_auroc(detector, category),
-        "scores": each,
+        "scores": {name: metrics.auroc(labels, values) for name, values in arrays.items()},
     }
 
 
-def seen(pixels: Tensor, scale: float | None) -> np.ndarray:
-    """What a network sees of uint8 images (N, C, S, S), as float32 in [0, 1]."""
+def as_seen_by_network(pixels: Tensor, scale: float | None) -> np.ndarray:
+    """uint8 images (N, C, S, S) with their exposure removed where the network's is: float32.
+
+    In [0, 1] where nothing is removed.
+    """
     if scale is None:
         return pixels.numpy().astype(np.float32) / 255
     return (to_input(pixels, torch.device("cpu"), scale) / 2 + 0.5).numpy()
@@ -85,30 +92,40 @@ def seen(pixels: Tensor, scale: float | None) -> np.ndarray:
 def pixel_auroc(detector: Detector, category: Category) -> float | None:
     """AUROC of the heat maps over all test pixels, at the network's size; None without masks."""
     masks = category.test_masks
-    if masks is None or not masks.any():
-        if masks is not None:
-            print(
-                f"note: {category.name}: no pixel of any mask is defective at this image size "
-                "(masks are 0 and 255), so no figures of pixels",
-                file=sys.stderr,
-            )
+    if masks is None:
         return None
+    if not masks.any():
+        message = "no pixel of any mask is defective at this image size (masks are 0 and 255)"
+        print(f"note: {category.name}: {message}, so no figures of pixels", file=sys.stderr)
+        return None
+    if masks.numel() <= EXACT_PIXELS:
+        heat = detector.heat_maps(category.test)
+        return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
     histogram = metrics.Histogram()
     for images, mask in zip(category.test.split(detector.batch), masks.split(detector.batch)):
         histogram.add(mask.numpy(), detector.heat_maps(images).numpy())
     return histogram.auroc()
 
 
+class Look(NamedTuple):
+    """What a look at the networks in the middle of training finds."""
+
+    aurocs: dict[str, float]  # of every score, on up to LOOK_IMAGES images of a kind; may be empty
+    outputs: Outputs  # of up to eight held-out images
+
+
 def look(
     config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
-) -> dict[str, float]:
-    """AUROC of every score in the middle of training, on up to LOOK_IMAGES images of a kind."""
+) -> Look:
+    """Look at networks, which stay as they are."""
     detector = Detector(copy.deepcopy(networks), config, device, scale)
+    outputs = detector.outputs(category.calibration[:8])
+    if not len(category.test_labels):
+        return Look({}, outputs)
     detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK_IMAGES)])
     picked = samples_of(category.test_labels, LOOK_IMAGES)
-    scores = detector.scores(category.test[picked])
-    labels = category.test_labels[picked]
-    return {name: metrics.auroc(labels, values.numpy()) for name, values in scores.items()}
+    scores, labels = detector.scores(category.test[picked]), category.test_labels[picked]
+    return Look({n: metrics.auroc(labels, values.numpy()) for n, values in scores.items()}, outputs)
 
 
 def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:

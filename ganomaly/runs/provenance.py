@@ -64,9 +64,10 @@ def code() -> dict[str, str]:
 
 
 def changed_code(before: dict | None) -> str:
-    """The modules that are not those of `before`, as text; empty where all are."""
+    """The modules that are not those of `before`, as text; empty where all are the same."""
     before, today = before or {}, code()
-    return ", ".join(n for n in {**before, **today} if before.get(n) != today.get(n))
+    names = [name for name in {**before, **today} if before.get(name) != today.get(name)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """One self-contained HTML page of an experiment: no server, no network, no script.
 
-From the files that git keeps: the tables, and per category the scores of good and defective images,
-their ROC curve and the AUROC while training. Where a run's log, weights and images are at hand also
-its losses, and the images on which it errs most. What was not at hand is said.
+It is made of the files that git keeps: the tables, and for each category the scores of good and
+defective images and the ROC curves. Where a run's log, weights and images are at hand, its losses
+and the images on which it errs most are shown too. The page says what was not at hand.
 """
 
 from __future__ import annotations
@@ -10,18 +10,26 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import re
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import numpy as np
+import torch
+from sklearn.metrics import roc_curve
 
-from ganomaly.runs import charts
-from ganomaly.runs.experiment import runs_of
+from ganomaly import data
+from ganomaly.detector import load_detector
+from ganomaly.device import use_threads
+from ganomaly.errors import UserError
+from ganomaly.files import locked, write_output
+from ganomaly.images import read_images
+from ganomaly.runs import charts, pictures
+from ganomaly.runs.experiment import page_of, read_results
+from ganomaly.runs.pipeline import check_train_images
+from ganomaly.runs.results import Page, Table
+from ganomaly.runs.run import read_metrics
 
 ERRORS = 6  # images of each kind
-PIPE = "\\|"  # as a table in Markdown writes a pipe
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--dim:#666;--line:#ccc;--paper:#fff;
 --good:#2b6cb0;--bad:#c2410c}
@@ -39,7 +47,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 figcaption,.dim{color:var(--dim);font-size:13px}svg{max-width:100%;height:auto}
 .charts text{font:11px system-ui,sans-serif;fill:var(--dim)}
 .good{fill:var(--good);stroke:var(--good)}.bad{fill:var(--bad);stroke:var(--bad)}
-rect.good,rect.bad{stroke:none;opacity:.6}path{fill:none;stroke-width:1.5}
+rect.good,rect.bad{stroke:none;opacity:.6}path,path.good,path.bad{fill:none;stroke-width:1.5}
 .axis{stroke:var(--line);fill:none}.cut{stroke:var(--ink);stroke-dasharray:4 3}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
 .pictures img{width:100%;border-radius:4px}figcaption{overflow-wrap:anywhere}
@@ -47,108 +55,154 @@ rect.good,rect.bad{stroke:none;opacity:.6}path{fill:none;stroke-width:1.5}
 """
 
 
-def page(folder: Path, explain: Callable) -> str:
-    """The page of an experiment's folder.
+def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:
+    """Write the page of an experiment; with pictures where models and images are at hand."""
+    page = html(folder, data_root, device)
+    with locked(folder, wait=True):
+        write_output(output, page)
 
-    explain(run's folder, metrics, paths) gives PNG pictures of test images, by their relative
-    paths, or says in a sentence why it cannot.
-    """
-    missing: dict[str, None] = {}  # sentences
-    found = runs_of(folder, lambda error: missing.setdefault(f"{error}."))
-    runs = {run: metrics for run, metrics, _ in found if metrics["auroc"] is not None}
-    # The runs of make ablate are one folder deeper; its table is here
-    deeper = sorted({run.parents[2].name for run in folder.glob("*/*/seed*/metrics.json")})
-    table = folder / "results.md"
-    text = table.read_text(encoding="utf-8") if table.is_file() and (runs or deeper) else ""
-    if deeper and text:
-        names = ", ".join(deeper)
-        missing[f"The runs: make report takes each part too, this name and /<part>: {names}."] = (
-            None
-        )
+
+def html(folder: Path, data_root: Path | None, device: torch.device) -> str:
+    missing: dict[str, None] = {}  # sentences, each once
+    results = read_results(folder, lambda error: missing.setdefault(f"{error}."))
+    runs = [m for m in results.runs if m["auroc"] is not None]
+    origins = {tuple(str(m["provenance"].get(k)) for k in ("command", "commit")) for m in runs}
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1">',
         f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
-        from_markdown(text) if text else f"<h1>{escape(folder.name)}</h1><p>No evaluated runs.",
-    ]
-    origins = [m["provenance"] for m in runs.values()]
-    origins = {tuple(str(origin.get(key)) for key in ("command", "commit")) for origin in origins}
-    for command, commit in sorted(origins):
-        out.append(f"<p class=dim><code>{escape(command)}</code>, commit {escape(commit)}")
-    if any(folder.glob("*/seed*/curve.csv")) and (folder / "curves.svg").is_file():
-        picture = (folder / "curves.svg").read_bytes()
+        *blocks(page_of(folder, results) if runs else [folder.name, "No evaluated runs."]),
+        *(f"<p class=dim><code>{escape(command)}</code>, commit {escape(commit)}"
+          for command, commit in sorted(origins)),
+    ]  # fmt: skip
+    if results.curves:
+        picture = charts.curves_svg(folder.name, results.curves).encode()
         out.append(
-            f"<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
+            "<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
             f'<p class=wide><img alt="AUROC by step" src="{inline(picture, "svg+xml")}">'
         )
-    bare = []  # categories without scores
-    for category in dict.fromkeys(run.parent for run in runs):
-        seeds = {run: m for run, m in runs.items() if run.parent == category}
+    for category in dict.fromkeys(m["category"] for m in runs):
+        seeds = [m for m in runs if m["category"] == category]
         try:
-            out += section(category.name, seeds, explain, missing)
+            out += section(folder, seeds, missing, data_root, device)
         except FileNotFoundError:
-            bare.append(category.name)
+            message = f"Charts of {category}: no scores.csv there; make evaluate writes it."
+            missing[message] = None
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            names = f"{category.name}: scores.csv or log.jsonl of a run is gone or damaged"
-            missing[f"{names} ({error}); make evaluate writes scores.csv again."] = None
-    if bare:
-        missing[f"Charts of {', '.join(bare)}: no scores.csv there; make evaluate writes it."] = (
-            None
-        )
+            message = f"{category}: scores.csv or log.jsonl of a run is gone or damaged ({error})"
+            missing[f"{message}; make evaluate writes scores.csv again."] = None
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
     return "\n".join(out) + "\n"
 
 
-def section(category: str, seeds: dict[Path, dict], explain: Callable, missing: dict) -> list[str]:
+def blocks(page: Page) -> list[str]:
+    """The blocks of a page as HTML."""
+    out = [f"<h1>{escape(page[0])}</h1>"]
+    for block in page[1:]:
+        if isinstance(block, Table):
+            head = "".join(f"<th>{escape(cell)}" for cell in block.header)
+            rows = ["".join(f"<td>{escape(cell)}" for cell in row) for row in block.rows]
+            rows = "".join(f"<tr>{row}" for row in (head, *rows))
+            out.append(f"<div class=wide><table>{rows}</table></div>")
+        else:
+            out.append(f"<p>{escape(block)}")
+    return out
+
+
+def section(
+    folder: Path, seeds: list[dict], missing: dict, data_root: Path | None, device: torch.device
+) -> list[str]:
     """A category: charts of its first seed, the ROC curves of all, the images it errs on."""
-    run, m = next(iter(seeds.items()))
-    read = [read_scores(each, one["score"]) for each, one in seeds.items()]
-    labels, scores, paths = read[0]
-    out = [f"<h2>{escape(category)}</h2><div class=charts>"]
-    chart = charts.histogram(labels, scores, m["threshold"])
-    rocs = charts.roc_chart([charts.roc(*each[:2]) for each in read])
+    m, category = seeds[0], seeds[0]["category"]
+    paths = [folder / category / f"seed{one['seed']}" for one in seeds]
+    tables = [read_scores(path, one["score"]) for path, one in zip(paths, seeds)]
+    labels, scores, names = tables[0]
+    mean = np.mean([one["auroc"] for one in seeds])
+    lines = [([0, 1], [0, 1], "class=axis")]
+    lines += [(*roc_curve(*each[:2])[:2], "class=good") for each in tables]
+    title = f"score {m['score']}, seed {m['seed']}"
     drawn = [
-        (chart, f"Score {escape(m['score'])} of seed {m['seed']}: <span class=key><b class=g>good"
-         "</b> and <b class=b>defective</b></span> test images, the threshold dashed"),
-        (rocs, f"ROC, {len(read)} seed{'s' * (len(read) > 1)}: true against false alarms; "
-         f"AUROC {np.mean([one['auroc'] for one in seeds.values()]):.3f}"),
+        (charts.histogram(labels, scores, m["threshold"], title),
+         "Test images by score, <span class=key><b class=g>good</b> and <b class=b>defective</b>"
+         "</span>; the threshold dashed"),
+        (charts.line_chart(lines, f"ROC, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+         f"True positive rate by false positive rate; AUROC {mean:.3f}"),
     ]  # fmt: skip
-    if (log := run / "log.jsonl").is_file():
+    if (log := paths[0] / "log.jsonl").is_file():
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         if len(records) > 1:
             drawn.append(
-                (charts.losses(records), "Losses by step, each on a scale of its own, logarithmic: "
-                 "<span class=key><b class=g>contextual</b>, <b class=b>discriminator</b></span>")
+                (charts.line_chart(losses(records), "losses by step"),
+                 "Losses by step, each on a scale of its own, logarithmic: <span class=key><b "
+                 "class=g>contextual</b>, <b class=b>discriminator</b></span>")
             )  # fmt: skip
     else:
-        missing["Losses: git keeps no logs; where the runs were made, the report shows them."] = (
-            None
-        )
-    out += [f"<figure>{svg}<figcaption>{told}</figcaption></figure>" for svg, told in drawn]
+        message = "Losses: git keeps no logs; where the runs were made, the report shows them."
+        missing[message] = None
+    out = [f"<h2>{escape(category)}</h2><div class=charts>"]
+    out += [f"<figure>{charts.svg([c])}<figcaption>{text}</figcaption></figure>"
+            for c, text in drawn]  # fmt: skip
     out.append("</div>")
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
     bad = [i for i in order if labels[i] == 1][:ERRORS]
-    answer = explain(run, m, [paths[i] for i in good + bad])
-    if isinstance(answer, str):
-        missing[answer] = None
+    try:
+        images = explained_images(paths[0], [names[i] for i in good + bad], data_root, device)
+    except UserError as error:
+        missing[f"The images on which {category} errs: {error}."] = None
         return out
-    pictures = dict(zip(good + bad, answer))
+    shown = dict(zip(good + bad, images))
     for title, chosen in (
         (f"The {len(good)} good images with the highest scores", good),
         (f"The {len(bad)} defective images with the lowest scores", bad),
     ):
         out.append(f"<h3>{title}</h3><div class=pictures>")
         for i in chosen:
-            called = "defective" if scores[i] > m["threshold"] else "normal"
-            told = f"{escape(shown(paths[i]))}: {scores[i]:.4g}, called {called}"
+            verdict = "defective" if scores[i] > m["threshold"] else "normal"
+            text = f"{escape(printable(names[i]))}: {scores[i]:.4g}, called {verdict}"
             out.append(
-                f'<figure><img alt="image, reconstruction, heat map" src="{inline(pictures[i])}">'
-                f"<figcaption>{told}</figcaption></figure>"
+                f'<figure><img alt="image, reconstruction, heat map" src="{inline(shown[i])}">'
+                f"<figcaption>{text}</figcaption></figure>"
             )
         out.append("</div>")
     return out
+
+
+def explained_images(
+    run: Path, names: list[str], data_root: Path | None, device: torch.device
+) -> list[bytes]:
+    """PNG pictures of a finished run's test images; UserError where they cannot be had."""
+    if not (run / "model.pt").is_file():
+        raise UserError("git keeps no weights; make report shows them where the run was made")
+    detector, metrics = load_detector(run / "model.pt", device), read_metrics(run / "metrics.json")
+    config = detector.config
+    use_threads(config.threads)
+    if config.in_folders:
+        hashes = data.image_hashes(config, data_root)
+        check_train_images(metrics, hashes, config, data_root)
+        if metrics["provenance"].get("test_images") != hashes["test_images"]:
+            raise UserError("its test images changed since; make evaluate scores them again")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise UserError("its scores.csv names files outside of the category's folder")
+        files = [data.category_folder(config, data_root) / name for name in names]
+        pixels = read_images(files, config.image_size, config.channels)
+        shown = read_images(files, pictures.SIDE, config.channels)
+    else:
+        category = data.load(config, data_root)
+        shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
+    parts = zip(shown, detector.reconstructions(pixels), detector.heat_maps(pixels))
+    return [pictures.png(pictures.explained(*part)) for part in parts]
+
+
+def losses(records: list[dict]) -> list[tuple]:
+    """The lines of two losses, logarithmic, each from 0 to 1."""
+    steps, lines = [record["step"] for record in records], []
+    for name, kind in (("contextual", "good"), ("discriminator", "bad")):
+        values = np.log10(np.maximum([record[name] for record in records], 1e-9))
+        scaled = (values - values.min()) / (np.ptp(values) or 1)
+        lines.append((steps, scaled, f"class={kind}"))
+    return lines
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -159,33 +213,10 @@ def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str
     return labels, scores, [row["path"] for row in rows]
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name that may not be UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def inline(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def from_markdown(text: str) -> str:
-    """Headings, paragraphs and tables of a results.md, as HTML."""
-    out: list[str] = []
-    for block in text.strip().split("\n\n"):
-        lines = block.splitlines()
-        if block.startswith("# "):
-            out.append(f"<h1>{escape(lines[0][2:])}</h1>")
-        elif block.startswith("|"):
-            rows = [x[1:-1] for x in lines if not x.startswith("|---")]
-            split = [re.split(r"(?<!\\)\|", row) for row in rows]  # not at an escaped pipe
-            cells = [
-                "".join(f"<td>{escape(cell.strip().replace(PIPE, '|'), False)}" for cell in row)
-                for row in split
-            ]
-            head = cells[0].replace("<td>", "<th>")
-            out.append(
-                f"<div class=wide><table><tr>{head}<tr>{'<tr>'.join(cells[1:])}</table></div>"
-            )
-        else:
-            out.append(f"<p>{escape(block)}")
-    return "\n".join(out)

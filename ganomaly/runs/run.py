@@ -1,0 +1,245 @@
+"""One run's folder, experiments/<name>/<category>/seed<seed>/, and what train() records there.
+
+Every file but the log and TensorBoard's is whole or not there. A run is finished when model.pt and
+metrics.json are both there; metrics.json is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ganomaly import config as configuration
+from ganomaly.config import Config
+from ganomaly.errors import UserError, flag
+from ganomaly.files import naming, read_torch, write_atomic, write_torch
+from ganomaly.runs.charts import read_curve
+from ganomaly.runs.pictures import panel, png
+from ganomaly.runs.provenance import changed_code, code
+from ganomaly.runs.results import ALWAYS, COUNTS, FIGURES, METRICS, TEXTS, TIMES, csv_text
+
+# Files that --force deletes, in this order, so that a kill in between never leaves a run that looks
+# finished. Each begin() deletes the first three.
+FILES = (
+    ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
+    "curve.csv", "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
+)  # fmt: skip
+ANEW = f"{flag('--force')} trains anew, --experiment NAME (EXPERIMENT=NAME) keeps both"
+
+
+class Run:
+    """The folder of a run and the files in it."""
+
+    def __init__(self, experiment: Path, category: str, config: Config):
+        self.experiment, self.config = experiment, config
+        self.name = f"{category} seed {config.seed}"
+        self.folder = experiment / category / f"seed{config.seed}"
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def finished(self) -> bool:
+        return self.path("metrics.json").is_file() and self.path("model.pt").is_file()
+
+    def plan(self, force: bool) -> str:
+        """What a command would do with the run; UserError where it would be refused."""
+        steps = f"train {self.config.steps} steps"
+        if force:
+            return f"{self.folder}: {steps} anew"
+        self.check()
+        if self.finished:
+            return f"{self.folder}: finished, left alone"
+        if self.path("last.pt").is_file():
+            return f"{self.folder}: go on from its checkpoint to step {self.config.steps}"
+        return f"{self.folder}: {steps}"
+
+    def check(self) -> None:
+        """UserError where the folder holds a run of another config, or where its config is gone."""
+        if self.path("config.json").is_file():
+            self.compare(configuration.load(self.path("config.json")))
+        elif self.finished:  # a checkpoint has a copy
+            message = f"{self.path('config.json')} is gone"
+            raise UserError(f"{message}; {flag('--force')} trains this run anew")
+
+    def compare(self, theirs: Config) -> None:
+        if changed := configuration.differences(self.config, theirs):
+            message = f"{self.folder} was made with another config: {', '.join(changed)}"
+            raise UserError(f"{message}; {ANEW}")
+
+    def begin(self, anew: bool) -> None:
+        """Make the folder ready. Nothing of an older run stays where `anew`.
+
+        Without it goes what would make the run look finished: git keeps metrics.json, no model.pt.
+        """
+        for pattern in FILES if anew else FILES[:3]:
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        write_atomic(self.path("config.json"), self.config.to_json())
+
+    def metrics(self) -> dict:
+        return read_metrics(self.path("metrics.json"))
+
+    def write_scores(self, category, scores: dict[str, Tensor]) -> None:
+        """scores.csv: a row a test image, raw float32 scores."""
+        columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
+        rows = zip(category.test_paths, category.test_defects, category.test_labels, *columns)
+        write_atomic(
+            self.path("scores.csv"), csv_text(["path", "defect", "label", *scores], list(rows))
+        )
+
+    def write_samples(self, x: Tensor, x_hat: Tensor) -> None:
+        """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
+        pixels = (panel(x, x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
+        image, scale = Image.fromarray(pixels), max(1, 64 // x.shape[-1])
+        larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
+        write_atomic(self.path("samples.png"), png(larger))
+
+
+def read_metrics(path: Path) -> dict:
+    """A run's metrics.json; UserError where it is not one that a run has written."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in METRICS if key not in metrics]:
+            raise ValueError(f"no {missing[0]}")
+        needed = ("threshold", *COUNTS, *TIMES, *(ALWAYS if metrics["auroc"] is not None else ()))
+        figures = [*(metrics[key] for key in FIGURES), *metrics["scores"].values()]
+        numbers = [metrics[key] for key in needed] + [v for v in figures if v is not None]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a figure is not finite")
+        operator.index(metrics["seed"])  # raises for what is no whole number, join for no text
+        "".join([*(metrics[key] for key in TEXTS), metrics["provenance"].get("date", "")])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a complete metrics.json ({error}); remove it, and the command of that "
+            "run makes it again"
+        ) from None
+    return metrics
+
+
+class Recorder:
+    """What train() asks for: checkpoints, log, looks and progress, in the folder of a run."""
+
+    def __init__(self, run: Run, look: Callable, bar: tqdm):
+        """look(networks, scale) -> evaluation.Look; bar: shows the progress."""
+        self.run, self.look, self.progress = run, look, bar
+        self.config, self.name = run.config, run.name
+        self.step = 0  # of the last checkpoint
+        self.board: SummaryWriter | None = None
+
+    def load(self) -> dict | None:
+        """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
+        path, state = self.run.path("last.pt"), None
+        if path.is_file():
+            try:
+                state = read_torch(path)
+                theirs = configuration.from_json(state["config"], path)
+                if not {"seconds", "sums", "images"} <= state.keys() or state["step"] < 1:
+                    raise ValueError
+                changed = changed_code(state.get("code"))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+                state = None
+                os.replace(path, path.with_name("last.damaged.pt"))
+                message = "is damaged; set aside as last.damaged.pt, training starts anew"
+                print(f"warning: {path} {message}", file=sys.stderr)
+        if state:
+            self.run.compare(theirs)
+            if changed:
+                raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
+        self.step = step = state["step"] if state else 0
+        if step:
+            print(f"{self.name}: going on from step {step}", file=sys.stderr)
+        log = self.run.path("log.jsonl")
+        write_atomic(log, "".join(kept_lines(log, step)))
+        with naming(self.run.folder):
+            self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
+            self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
+        return state
+
+    def save(self, state: dict) -> None:
+        origin = {"config": self.config.to_json(), "code": code()}
+        write_torch(self.run.path("last.pt"), {**state, **origin})
+        self.step = state["step"]
+
+    def skip(self, steps: int) -> None:
+        skip(self.progress, steps)
+
+    def log(self, record: dict) -> None:
+        step = record["step"]
+        path = self.run.path("log.jsonl")
+        with naming(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        with naming(self.run.folder):
+            for key in record.keys() - {"step"}:
+                group = "speed" if key == "images_per_second" else "loss"
+                self.board.add_scalar(f"{group}/{key}", record[key], step)
+        # The two that say most, and short enough for a terminal
+        text = f"loss_d {record['discriminator']:.4f}, l1 {record['contextual']:.4f}"
+        speed = f"{record['images_per_second']:.0f} images/s"
+        self.progress.set_postfix_str(f"{text}, {speed}")
+        if self.progress.disable:
+            print(f"{self.name}: step {step}/{self.config.steps}, {text}, {speed}", file=sys.stderr)
+
+    def preview(self, step: int, networks: dict, scale: float | None) -> None:
+        """A row of curve.csv, by which nothing is chosen; pictures and latents for TensorBoard."""
+        look = self.look(networks, scale)
+        if look.aurocs:
+            path, names = self.run.path("curve.csv"), list(look.aurocs)
+            curve = read_curve(path)
+            steps = [s for s in curve[names[0]] if s < step] if list(curve) == names else []
+            rows = [[s, *(f"{curve[name][s]:.6g}" for name in names)] for s in steps]
+            rows.append([step, *(f"{value:.6g}" for value in look.aurocs.values())])
+            write_atomic(path, csv_text(["step", *names], rows))
+        o = look.outputs
+        with naming(self.run.folder):
+            self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
+            self.board.add_histogram("latent/z", o.z, step)
+            self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
+            self.board.flush()
+
+    def write_histograms(self, labels, scores: dict[str, Tensor], normal: dict[str, Tensor]):
+        """Score histograms for TensorBoard: calibration, good and defective images."""
+        for name in normal:
+            groups = {"calibration": normal[name]}
+            if len(labels):
+                groups["good"] = scores[name][labels == 0]
+                groups["defective"] = scores[name][labels == 1]
+            with naming(self.run.folder):
+                for group, part in groups.items():
+                    self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
+
+    def close(self) -> None:
+        if self.board is not None:
+            with naming(self.run.folder):
+                self.board.close()
+
+
+def skip(bar: tqdm, steps: int) -> None:
+    """Move a bar past steps that were done before: they are no part of its speed."""
+    if not bar.disable:
+        bar.initial += steps
+        bar.n += steps
+        bar.refresh()
+
+
+def kept_lines(path: Path, step: int) -> list[str]:
+    """The lines of a log up to a step, without a half-written last one."""
+    lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.rstrip("\n") + "\n")
+        except (ValueError, KeyError, TypeError):
+            pass
+    return kept

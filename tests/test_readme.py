@@ -1,0 +1,31 @@
+"""README says what the committed tables say."""
+
+from ganomaly.runs import experiment
+from ganomaly.runs.results import markdown, results_csv
+
+from .conftest import ROOT, load_script
+
+
+def test_the_table_of_results_is_up_to_date():
+    readme = load_script("readme")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.updated(text) == text, "python scripts/readme.py writes it"
+    older = text.replace("0.990 ± 0.004", "0.123")
+    assert older != text and readme.updated(older).replace(" ", "").count("0.990±0.004") == 1
+
+
+def test_every_file_is_in_the_map():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2]
+    for path in [*(ROOT / "ganomaly").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        name = path.stem if path.parent.name == "scripts" else path.name
+        assert name.startswith("__") or name in text, path
+
+
+def test_committed_tables_come_out_of_the_committed_runs():
+    for name in ("paper", "calibrated", "digits", "mnist", "ablations/base"):
+        folder = ROOT / "experiments" / name
+        results = experiment.read_results(folder)
+        csv_text = results_csv(results.runs, results.alike)
+        assert csv_text == (folder / "results.csv").read_text(encoding="utf-8")
+        page = markdown(experiment.page_of(folder, results))
+        assert page == (folder / "results.md").read_text(encoding="utf-8")
