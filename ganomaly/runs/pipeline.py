@@ -174,6 +174,9 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     hashes = data.image_hashes(config, setting.data_root)
     check_train_images(before, hashes, config, setting.data_root)
     category = data.load(config, setting.data_root, setting.download)
+    if detector.missing_scores:  # that are newer than the model
+        detector.calibrate(category.calibration)
+        write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
     scores = evaluation.test_scores(detector, category)
