@@ -116,7 +116,10 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if hint.endswith("make download") and data_root is not None:
         hint += f" DATA_ROOT={shlex.quote(str(root))}"
     if (root / "train" / "good").is_dir():
-        hint = f"{root} is a category itself: --dataset folder without --category takes it"
+        hint = "--dataset folder without --category takes it"
+        if root.name == config.category:
+            hint = f"name its parent, --data-root {root.parent}"
+        hint = f"{root} is a category itself: {hint}"
     elif deeper := sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good")):
         hint = f"there is one for --data-root {deeper[0].parent.parent.parent}"
     elif there := categories_in(root):

@@ -231,7 +231,8 @@ def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
 def test_advice_names_what_is_there(tmp_path, parts):
     draw_category(tmp_path / "set" / "bottle")
     for config, root, advice in (
-        # The category itself as the root
+        # The category itself as the root, where its parent is meant, or no category
+        (resolve({"category": "bottle"}), tmp_path / "set/bottle", f"--data-root {tmp_path}/set$"),
         (resolve({"category": "screw"}), tmp_path / "set/bottle", "without --category takes it"),
         # The parent of the categories, and no category
         (folder(None), tmp_path / "set", "there: bottle; choose one with --category .CATEGORY=."),
