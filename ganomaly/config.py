@@ -81,8 +81,9 @@ class Config:
                 f"image_size: {self.image_size} is not allowed; "
                 "a power of two is needed: 32, 64, 128, 256, 512 or 1024"
             )
-        if self.w_adv == self.w_con == self.w_enc == 0:
-            raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
+        weights = [name for name in FIELDS if name.startswith("w_")]
+        if not any(getattr(self, name) for name in weights):
+            raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
             raise UserError(
                 f"comparator_width: {self.comparator_width} needs corrupted images to learn from; "

@@ -203,10 +203,11 @@ def content_hash(paths: list[Path], folder: Path) -> str:
     """Hash of the files' bytes and of their names relative to the folder."""
 
     def digest(path: Path) -> bytes:
+        """A hash of one file's name and bytes; the name alone if it cannot be read."""
         name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
         try:
             return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
-        except OSError:  # a link to nowhere, which load() reports
+        except OSError:  # such as a broken link, which load() reports
             return name
 
     readable = [path for path in paths if not path.is_fifo()]  # reading a pipe would wait

@@ -26,6 +26,9 @@ HINTS = {
 }
 
 
+INSTALL = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
+
+
 def describe(error: BaseException) -> str | None:
     """One line for a user's, the system's or the machine's error; None for a bug of ours."""
     if isinstance(error, UserError):
@@ -35,8 +38,7 @@ def describe(error: BaseException) -> str | None:
         hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
         return f"{where}{error.strerror or error}{hint}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
-        hint = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
-        return f"{error.name} is not installed; {hint}"
+        return f"{error.name} is not installed; {INSTALL}"
     if out_of_memory(error):
         return "out of memory: lower --image-size, --width or, in training, --batch-size"
     return None
@@ -67,7 +69,7 @@ def lost_device(error: BaseException) -> bool:
 
 
 def exit_code(code: int) -> int:
-    """0 under torchrun with restarts where a restart of all workers would not help."""
+    """0 for codes 1 and 2 under torchrun with restarts: a restart would not help."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     return 0 if code in (1, 2) and restarts else code
 

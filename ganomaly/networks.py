@@ -164,6 +164,10 @@ def initialise(network: nn.Module, rng: torch.Generator) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=rng)
             nn.init.zeros_(module.bias)
+        elif list(module.parameters(recurse=False)):
+            raise TypeError(
+                f"initialise() must draw the weights of {type(module).__name__} from rng"
+            )
 
 
 def build(config: Config) -> dict[str, nn.Module]:

@@ -63,7 +63,7 @@ class Replayed:
             before = [t.clone() for t in state]
             held = [x.clone() for x in inputs]
             replay = record(self.step, held, self.stream)
-            for _ in range(2):  # the second time the graph's memory is used, not fresh
+            for _ in range(2):  # the second time in memory that the first has written to
                 assign(state, before)
                 replay()
             replayed = [t.clone() for t in state]

@@ -168,7 +168,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             x_in = torch.cat([corrupted, x[n:]])
         update(x, x_in, mask)
 
-        # Running average. Its decay grows from 0, else a short run would score its initialisation
+        # Running average. Its decay starts small: else that of a short run is mostly first weights
         step += 1
         update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
 
