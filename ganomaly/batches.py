@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DARK = 4  # grey levels: an image of a smaller mean is noise, which is not raised
+DARK = 4  # grey levels; a smaller mean is raised to this, as such an image holds only noise
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """On the device where they take at most half of its free memory, else left on the host."""
+    """Move images to the device if they take at most half of its free memory."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + kept) // 2:
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + cached) // 2:
             return images
     return images.to(device)
 
@@ -20,8 +20,8 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
     """uint8 (B, C, S, S) -> float32 on the device, channels last; without a scale in [-1, 1].
 
-    With a scale an image is seen relative to its mean (see `relative`), and a pixel that is `scale`
-    away from it at 1 or -1. What is farther is not clipped, but no reconstruction reaches it.
+    With a scale it is relative(pixels) / scale. Values beyond 1 are not clipped, but no
+    reconstruction reaches them.
     """
     x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     if scale is None:
@@ -30,7 +30,7 @@ def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -
 
 
 def from_input(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
-    """What to_input did to uint8 pixels (B, C, S, S), undone for another x (B, C, S, S)."""
+    """The inverse of to_input for x (B, C, S, S), in the exposure of uint8 pixels (B, C, S, S)."""
     if scale is None:
         grey = (x + 1) * 127.5
     else:
@@ -39,30 +39,30 @@ def from_input(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
 
 
 def relative(x: Tensor) -> Tensor:
-    """Grey levels (B, C, S, S), in place: each over the mean of its image, less 1.
+    """Divide grey levels (B, C, S, S) by the mean of their image and subtract 1, in place.
 
-    Exposure multiplies all pixels of an image; this takes it out and leaves the contrast.
+    Exposure multiplies all pixels of an image. The division removes it; the contrast stays.
     """
     mean = x.mean((1, 2, 3), keepdim=True)
     return x.div_(mean.clamp_min(DARK)).sub_(1)
 
 
 def fitted_scale(images: Tensor) -> float:
-    """The scale at which uint8 images (N, C, S, S) fill the range but for a pixel in a thousand.
+    """The scale that puts 99.9 % of the pixels of uint8 images (N, C, S, S) within [-1, 1].
 
-    From about 200 of them and 64 x 64 pixels of each, evenly spread. A fixed one would give a set
-    of low contrast a small part of the range, and small residuals.
+    About 200 images and 64 x 64 pixels of each are used, evenly spread. The scale is fitted because
+    images of low contrast would else fill a small part of the range.
     """
-    picked, apart = images[:: max(1, len(images) // 200)], max(1, images.shape[-1] // 64)
-    parts = [relative(part.float())[..., ::apart, ::apart] for part in picked.split(16)]
-    far = torch.cat(parts).abs_().flatten()
-    return max(float(far.kthvalue(max(1, int(0.999 * len(far)))).values), 0.05)
+    picked, stride = images[:: max(1, len(images) // 200)], max(1, images.shape[-1] // 64)
+    parts = [relative(part.float())[..., ::stride, ::stride] for part in picked.split(16)]
+    distances = torch.cat(parts).abs_().flatten()
+    return max(float(distances.kthvalue(max(1, int(0.999 * len(distances)))).values), 0.05)
 
 
 class Batches:
-    """Endless stream of shuffled passes over the images, cut into equal pieces.
+    """Endless stream of shuffled passes over the images, cut into batches of equal size.
 
-    No image is left out of a pass, and a set smaller than a batch fills it from several passes.
+    Each pass has every image once. A batch may span passes.
     """
 
     def __init__(self, images: Tensor, batch_size: int, rng: torch.Generator):
@@ -70,7 +70,7 @@ class Batches:
         self.order = torch.empty(0, dtype=torch.long)
 
     def next(self) -> Tensor:
-        """uint8 (batch_size, C, S, S), drawn by index where the images are."""
+        """uint8 (batch_size, C, S, S), on the device of the images."""
         while len(self.order) < self.batch_size:
             again = torch.randperm(len(self.images), generator=self.rng)
             self.order = torch.cat([self.order, again])

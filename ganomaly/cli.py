@@ -24,12 +24,11 @@ from ganomaly.config import (
     parse_values,
     read_text,
 )
-from ganomaly.errors import UserError
+from ganomaly.errors import INSTALL, UserError
 
 # The scripts import this module first, so that a missing package is one line and no traceback
 if missing := [m for m in "numpy PIL sklearn tensorboard torch tqdm".split() if not find_spec(m)]:
-    hint = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
-    print(f"error: not installed: {', '.join(missing)}; {hint}", file=sys.stderr)
+    print(f"error: not installed: {', '.join(missing)}; {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
 EXPERIMENTS = ROOT / "experiments"  # where runs go

@@ -1,7 +1,7 @@
 """Every knob of a run in one flat, frozen, documented dataclass, and its JSON form.
 
-The defaults are the paper recipe. Paths and the device are not part of a config: they are flags
-of the scripts, and no path is ever saved.
+The defaults are the paper recipe. Paths and the device are flags of the scripts and no part of a
+config, so no path is ever saved.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ganomaly.errors import UserError
+from ganomaly.scoring import SCORES
 
-ROOT = Path(__file__).resolve().parent.parent  # the clone, which the scripts run from
-FOLDERS = ("mvtec", "folder")  # images in folders; mvtec is one whose categories have known names
+ROOT = Path(__file__).resolve().parent.parent  # the clone
+FOLDERS = ("mvtec", "folder")  # image files in folders; the categories of mvtec have fixed names
 DATASETS = ("digits", "mnist", "cifar10", *FOLDERS)
-SCORES = (
-    "latent", "latent_l1", "contextual", "feature", "residual", "gradient", "comparator",
-    "latent_whitened", "calibrated",
-)  # fmt: skip
 
-# What a dataset changes of the defaults below. The small ones follow the paper's protocol: 32 px,
-# and for MNIST and CIFAR-10 the 15 epochs of batch 64 of the released code, as steps.
+# Defaults that a dataset changes. MNIST and CIFAR-10 follow the paper's protocol: 32 px, and the
+# 15 epochs of batch 64 of the released code, as steps.
 DATASET_DEFAULTS: dict[str, dict] = {
     "digits": dict(
         category="0", image_size=32, channels=1, width=32, batch_size=32, steps=600,
@@ -46,37 +43,21 @@ class Config:
 
     dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
     category: str | None = knob(None, "MVTec's name, a folder's, or the class that is the anomaly")
-    image_size: int = knob(
-        64, "side of the square images, pixels; a power of two", low=32, high=1024
-    )
+    image_size: int = knob(64, "side of the images, pixels; a power of two", low=32, high=1024)
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
     normalise: str = knob(
-        "none",
-        "exposure divides each image by its mean brightness",
-        choices=("none", "exposure"),
+        "none", "exposure divides each image by its mean brightness", choices=("none", "exposure")
     )
     width: int = knob(64, "channels of the first convolution", low=1, high=1024)
     latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
-    comparator_width: int = knob(
-        0, "channels of the comparator's first block; 0 leaves it out", low=0, high=1024
-    )
-    corrupted: float = knob(
-        0.0,
-        "share of each batch that is corrupted, to be restored",
-        low=0,
-        below=1,
-    )
+    comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
+    corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
     batch_size: int = knob(16, "images a step", low=1, high=65_536)
     steps: int = knob(3000, "training steps, the same for every category", low=1, high=10**9)
     lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
     beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
-    ema_decay: float = knob(
-        0.99,
-        "decay of the running average that is scored; 0: the last weights",
-        low=0,
-        below=1,
-    )
+    ema_decay: float = knob(0.99, "decay of the averaged weights; 0: the last ones", low=0, below=1)
     w_adv: float = knob(1.0, "weight of the adversarial (feature matching) loss", low=0, high=1e6)
     w_con: float = knob(50.0, "weight of the contextual loss", low=0, high=1e6)
     w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
@@ -87,13 +68,9 @@ class Config:
     )
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)
     quantile: float = knob(0.95, "share of normal images under the threshold", above=0, below=1)
-    calibration_fraction: float = knob(
-        0.2, "share of train/good kept out of training for the threshold", above=0, below=1
-    )
+    calibration_fraction: float = knob(0.2, "share of train/good not trained on", above=0, below=1)
     checkpoint_every: int = knob(500, "steps between checkpoints", low=1, high=10**9)
-    threads: int = knob(
-        1, "CPU threads of the sums, which depend on their number", low=1, high=1024
-    )
+    threads: int = knob(1, "CPU threads; results depend on their number", low=1, high=1024)
     seed: int = knob(42, "seed of every random draw", low=0, high=2**32 - 1)
 
     def __post_init__(self):
@@ -104,8 +81,9 @@ class Config:
                 f"image_size: {self.image_size} is not allowed; "
                 "a power of two is needed: 32, 64, 128, 256, 512 or 1024"
             )
-        if self.w_adv == self.w_con == self.w_enc == 0:
-            raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
+        weights = [name for name in FIELDS if name.startswith("w_")]
+        if not any(getattr(self, name) for name in weights):
+            raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
             raise UserError(
                 f"comparator_width: {self.comparator_width} needs corrupted images to learn from; "
@@ -123,12 +101,12 @@ class Config:
 
     @property
     def n_corrupted(self) -> int:
-        """Images of a batch that are corrupted; at least one is not."""
+        """Corrupted images of a batch; always less than the batch."""
         return int(self.corrupted * self.batch_size)
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The anomaly scores that a model of this config has."""
+        """Names of the anomaly scores that a model of this config computes."""
         return tuple(s for s in SCORES if s != "comparator" or self.comparator_width)
 
     def replace(self, **changes) -> Config:
@@ -142,7 +120,7 @@ FIELDS = {key.name: key for key in dataclasses.fields(Config)}
 
 
 def is_name(text: str) -> bool:
-    """Whether text is one folder's name that cannot lead out of its parent."""
+    """Whether text is a plain folder name, so that no path leads out of the parent folder."""
     return text not in ("", ".", "..") and text.isprintable() and not set(text) & set("/\\")
 
 
@@ -161,40 +139,40 @@ def checked(key: dataclasses.Field, value):
     kind, limits = str(key.type), key.metadata
     if kind == "float" and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    types = {"int": int, "float": float, "bool": bool}
-    if not (value is None and "None" in kind) and type(value) is not types.get(kind, str):
-        expected = names.get(kind, "text")
-        raise UserError(
-            f"{key.name}: {value!r} is not {expected}; allowed: {allowed(key) or 'any'}"
-        )
-    bad = (
-        (limits["choices"] and value not in limits["choices"])
-        or (type(value) is float and not math.isfinite(value))
-        or (limits["low"] is not None and value < limits["low"])
-        or (limits["high"] is not None and value > limits["high"])
-        or (limits["above"] is not None and value <= limits["above"])
-        or (limits["below"] is not None and value >= limits["below"])
+    if value is None and "None" in kind:
+        return value
+    types = {"int": (int, "a whole number"), "float": (float, "a number")}
+    types["bool"] = (bool, "true or false")
+    expected, words = types.get(kind, (str, "text"))
+    if type(value) is not expected:
+        raise UserError(f"{key.name}: {value!r} is not {words}; allowed: {allowed(key) or 'any'}")
+    fits = (
+        (not limits["choices"] or value in limits["choices"])
+        and (expected is not float or math.isfinite(value))
+        and (limits["low"] is None or value >= limits["low"])
+        and (limits["high"] is None or value <= limits["high"])
+        and (limits["above"] is None or value > limits["above"])
+        and (limits["below"] is None or value < limits["below"])
     )
-    if bad:
+    if not fits:
         raise UserError(f"{key.name}: {value!r} is not allowed; allowed: {allowed(key)}")
     return value
 
 
 def resolve(values: dict) -> Config:
-    """A Config from the values that were given: dataset's defaults fill the rest.
+    """A Config from given values; the dataset's defaults fill the rest.
 
-    Without a dataset it is mvtec when a category is given, else the digits.
+    The default dataset is mvtec where a category is given, else digits.
     """
     given = {k: v for k, v in values.items() if not (k == "category" and v is None)}
     dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")
-    # A wrong dataset is Config's to refuse; unhashable ones come from JSON.
+    # Config refuses a wrong dataset. One from JSON may be unhashable.
     defaults = DATASET_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {}
     return Config(**{**defaults, **given})
 
 
 def parse_values(text: str, source) -> dict:
-    """The values of a JSON config; unknown keys are refused with the nearest known one."""
+    """The values of a JSON config; UserError names an unknown key and the nearest known one."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -222,6 +200,7 @@ def load(path: Path) -> Config:
 
 
 def read_text(path: Path) -> str:
+    """The text of a config file; UserError where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -236,10 +215,10 @@ def nearest(name: str, known) -> str:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Fields that change results and differ, as 'name (theirs there, ours asked)'."""
-    same = {"checkpoint_every"}
+    """The fields that differ and change results, as 'name (theirs there, ours asked)'."""
+    same = {"checkpoint_every"}  # changes no result
     if ours.in_folders and theirs.in_folders:
-        same.add("dataset")
+        same.add("dataset")  # the same images by another name
     return [
         f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"
         for name in FIELDS

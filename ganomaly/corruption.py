@@ -1,9 +1,9 @@
-"""Pseudo-anomalies: normal images with a region replaced, and where.
+"""Pseudo-anomalies: normal images with a region replaced, and a mask of the region.
 
-No real defect is imitated. Regions are blobs, rectangles and lines of many sizes; what fills them
-is a piece of a normal image, a change of shade, or a flat colour. The idea is that of DRAEM
-(Zavrtanik et al., ICCV 2021) and CutPaste (Li et al., CVPR 2021), without their textures or
-categories' rules.
+No real defect is imitated. Regions are blobs, rectangles and lines of many sizes. They are filled
+with a piece of a normal image, a change of shade, or a flat colour. The idea is that of DRAEM
+(Zavrtanik et al., ICCV 2021) and CutPaste (Li et al., CVPR 2021), without DRAEM's textures and
+without rules for single categories.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 
 MASKS = 600  # drawn once a run, then flipped and moved for every image
-DRAWN = 128  # largest side that they are drawn at, pixels
+DRAWN = 128  # pixels; larger masks are enlarged from this side
 
 
 class Corruption:
-    """Corrupts batches of what to_input makes; state_dict() holds its place in the stream.
+    """Corrupts batches made by to_input; state_dict() holds the state of its random numbers.
 
-    images: uint8 (n, C, S, S), normal images to paste from, on the device or, a large set, on the
-    host; scale: to_input's; device: of the batches.
+    images: uint8 (n, C, S, S), normal images to paste from, on the device or on the host.
+    scale: as for to_input. device: of the batches.
     """
 
     def __init__(self, images: Tensor, config: Config, scale: float | None, device: torch.device):
         self.images, self.scale, self.device = images, scale, device
-        # Sizes are drawn on the host, pixels on the device, so that no step waits for a GPU
+        # Sizes are drawn on the host and pixels on the device, so no step waits for a GPU
         self.host = self.rng = torch.Generator().manual_seed(config.seed)
         if device.type != "cpu":
             self.rng = torch.Generator(device).manual_seed(config.seed)
@@ -39,31 +39,33 @@ class Corruption:
         if size > DRAWN:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(device)
-        # Grey images stay grey: a colour cast would give the corrupted ones away.
-        some = to_input(images[:256], device, self.scale)
-        self.chroma = float((some - some.mean(1, keepdim=True)).std())
+        # The spread of colours. Grey images stay grey: a colour would give the corrupted ones away
+        sample = to_input(images[:256], device, self.scale)
+        self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 
-    def draws(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.rng, device=self.device)
+    def uniform(self, n: int) -> Tensor:
+        """(n, 1, 1, 1) in [0, 1): one number for each image."""
+        return torch.rand(n, 1, 1, 1, generator=self.rng, device=self.device)
 
     def gaussian(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, device=self.device)
 
-    def whole(self, low: int, high: int, n: int) -> Tensor:
+    def integers(self, low: int, high: int, n: int) -> Tensor:
         return torch.randint(low, high, (n,), generator=self.rng, device=self.device)
 
     def colour(self, like: Tensor) -> Tensor:
+        """A random change of colour for each image."""
         return self.chroma * self.gaussian(*like.shape[:2], 1, 1)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
-        """Each image transposed or not, mirrored or not, and rolled by up to reach S."""
+        """Each image transposed, mirrored and rolled at random, by up to reach * S pixels."""
         n, size = len(images), images.shape[-1]
-        images = torch.where(self.draws(n, 1, 1, 1) < 0.5, images, images.transpose(2, 3))
+        images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)
         reach = max(1, int(reach * size))
         rows, columns = (
-            torch.where(self.draws(n, 1) < 0.5, pixel, pixel.flip(0))
-            .add(self.whole(-reach, reach + 1, n)[:, None])
+            torch.where(self.uniform(n)[:, 0, 0] < 0.5, pixel, pixel.flip(0))
+            .add(self.integers(-reach, reach + 1, n)[:, None])
             .remainder(size)
             for _ in range(2)
         )
@@ -81,36 +83,36 @@ class Corruption:
         The mask is empty where the change came out too small to see.
         """
         n, _, size, _ = x.shape
-        alpha = self.moved(self.masks[self.whole(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
+        alpha = self.moved(self.masks[self.integers(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
-        # A piece of another image, or of itself; drawn on the host, as where the images are depends
-        # on what else the device holds
+        # A piece of another image, or of itself. The index is drawn on the host: the images may be
+        # on either side, and the draws must not depend on that
         picked = torch.randint(len(self.images), (n,), generator=self.host)
         other = self.images[picked.to(self.images.device, non_blocking=True)]
         other = to_input(other, self.device, self.scale)
-        piece = self.moved(torch.where(self.draws(n, 1, 1, 1) < 0.5, other, x), 0.5)
-        piece = piece * (0.75 + 0.5 * self.draws(n, 1, 1, 1))
-        piece = piece + 0.4 * self.draws(n, 1, 1, 1) - 0.2 + 0.3 * self.colour(x)
+        piece = self.moved(torch.where(self.uniform(n) < 0.5, other, x), 0.5)
+        piece = piece * (0.75 + 0.5 * self.uniform(n))
+        piece = piece + 0.4 * self.uniform(n) - 0.2 + 0.3 * self.colour(x)
         # Lighter or darker
-        sign = self.draws(n, 1, 1, 1).sub(0.5).sign()
-        shade = x * (1 - 0.3 * self.draws(n, 1, 1, 1)) + 0.5 * self.colour(x)
-        shade = shade + sign * (0.12 + self.draws(n, 1, 1, 1).square())
+        sign = self.uniform(n).sub(0.5).sign()
+        shade = x * (1 - 0.3 * self.uniform(n)) + 0.5 * self.colour(x)
+        shade = shade + sign * (0.12 + self.uniform(n).square())
         # A flat colour with some texture
         cells = int(2 * (size / 2) ** float(torch.rand(1, generator=self.host)))
         texture = self.gaussian(n, 1, cells, cells)
         texture = F.interpolate(texture, size=(size, size), mode="bilinear")
-        flat = 2 * self.draws(n, 1, 1, 1) - 1 + 0.3 * self.draws(n, 1, 1, 1) * texture
+        flat = 2 * self.uniform(n) - 1 + 0.3 * self.uniform(n) * texture
         flat = flat + self.colour(x)
 
-        kind = self.draws(n, 1, 1, 1)
+        kind = self.uniform(n)
         fill = torch.where(kind < 0.5, piece, torch.where(kind < 0.8, shade, flat))
-        weight = alpha * (0.2 + 0.8 * self.draws(n, 1, 1, 1))
+        weight = alpha * (0.2 + 0.8 * self.uniform(n))
         corrupted = x + weight * (fill.clamp(-1, 1) - x)
 
         mask = (alpha > 0.3).float()
         change = (corrupted - x).abs().mean(1, keepdim=True)
-        seen = (change * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
-        return corrupted, mask[:, 0] * (seen > 0.04).float()[:, None, None]
+        mean_change = (change * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+        return corrupted, mask[:, 0] * (mean_change > 0.04).float()[:, None, None]
 
     def state_dict(self) -> dict:
         return {"host": self.host.get_state(), "rng": self.rng.get_state()}
@@ -121,7 +123,7 @@ class Corruption:
 
 
 def draw_mask(size: int, rng: torch.Generator) -> Tensor:
-    """One region (S, S) in [0, 1], of at least two pixels; every kind is as likely."""
+    """One region (S, S) in [0, 1], of at least two pixels; each of three kinds is as likely."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=rng))
@@ -159,7 +161,7 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
 
 
 def smooth_noise(size: int, rows: float, columns: float, turn: float, rng) -> Tensor:
-    """Turned smooth noise (S, S) with about that many cells along its sides."""
+    """Smooth noise (S, S), turned, with about that many cells along its sides."""
     cells = torch.randn(1, 1, int(rows), int(columns), generator=rng)
     noise = F.interpolate(cells, (2 * size, 2 * size), mode="bicubic", align_corners=True)
     cos, sin = 0.7 * math.cos(turn), 0.7 * math.sin(turn)

@@ -1,7 +1,7 @@
 """Where images come from: MVTec AD, any folder of its layout, MNIST, CIFAR-10, sklearn's digits.
 
-load(config, ...) returns a Category of uint8 tensors, decoded once and kept in memory. A label
-comes from the name `good`, never from a sort order.
+load(config, ...) returns a Category of uint8 tensors, decoded once and kept in memory. Labels come
+from the folder name `good`, never from a sort order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -46,25 +45,16 @@ CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
 
 
-class Folders(NamedTuple):
-    """Where the folders of a data set are, and how to get them."""
-
-    root: str  # where no --data-root is given
-    hint: str
-
-
-FOLDERS = {
-    "mvtec": Folders(
-        "data/mvtec",
-        "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
-    ),
-    "folder": Folders("data", "put images of good parts there, or name another --data-root"),
+ROOTS = {"mvtec": "data/mvtec"}  # default --data-root, else data
+HINTS = {
+    "mvtec": "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
+    "folder": "put images of good parts there, or name another --data-root",
 }
 
 
 @dataclass(frozen=True)
 class Category:
-    """Images (N, C, S, S) in uint8; test is empty where there was nothing to evaluate on."""
+    """Images (N, C, S, S) in uint8. Without test images, test has length 0."""
 
     name: str
     train: Tensor
@@ -73,7 +63,7 @@ class Category:
     test_labels: np.ndarray  # (N,) 0 normal, 1 defective
     test_defects: list[str]  # "good" or the defect's name
     test_paths: list[str]  # relative to the category's folder
-    test_masks: Tensor | None = None  # bool (N, S, S), defective pixels; None where there are none
+    test_masks: Tensor | None = None  # bool (N, S, S), defective pixels; None without mask files
 
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
@@ -86,30 +76,29 @@ def load(config: Config, data_root: Path | None = None, download: bool = False) 
 
 
 def data_root_of(dataset: str, data_root: Path | None) -> Path:
-    return Path(data_root or (FOLDERS[dataset].root if dataset in FOLDERS else "data"))
+    return Path(data_root or ROOTS.get(dataset, "data"))
 
 
 def check_class(config: Config) -> None:
-    """UserError where the data set's categories have known names and this is none of them."""
+    """UserError where the data set has categories of known names and this is none of them."""
     known = CLASSES.get(config.dataset)
-    if known is None:
+    if known is None or config.category in known:
         return
     if config.category is None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
-    if config.category not in known:
-        hint = nearest(config.category, known)
-        having = [dataset for dataset, names in CLASSES.items() if config.category in names]
-        others = ", ".join(having) + " has it" if having else "folder takes any name"
-        raise UserError(
-            f"category: {config.dataset} has no {config.category!r}; {hint}; --dataset {others}"
-        )
+    having = [dataset for dataset, names in CLASSES.items() if config.category in names]
+    others = ", ".join(having) + " has it" if having else "folder takes any name"
+    raise UserError(
+        f"category: {config.dataset} has no {config.category!r}; "
+        f"{nearest(config.category, known)}; --dataset {others}"
+    )
 
 
 # Folders: MVTec AD's layout
 
 
 def category_name(config: Config, data_root: Path | None) -> str:
-    """The name of a run's category: the root's own name where the root itself is the category."""
+    """The name of a run's category: without --category the name of the root folder."""
     name = config.category or Path(os.path.realpath(data_root_of(config.dataset, data_root))).name
     if not is_name(name):
         raise UserError(f"--data-root: {name!r} cannot name a run's folder; rename it")
@@ -121,48 +110,46 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     root = data_root_of(config.dataset, data_root)
     check_class(config)
     folder = root / config.category if config.category else root
-    if has_images(folder):
+    if is_category(folder):
         return folder
-    hint = FOLDERS[config.dataset].hint
+    hint = HINTS[config.dataset]
     if hint.endswith("make download") and data_root is not None:
         hint += f" DATA_ROOT={shlex.quote(str(root))}"
-    deeper = sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good"))
-    there = categories_in(root)
     if (root / "train" / "good").is_dir():
-        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
-        if root.name != config.category:
-            hint = f"{root} is a category itself: --dataset folder without --category takes it"
-    elif deeper:
+        hint = "--dataset folder without --category takes it"
+        if root.name == config.category:
+            hint = f"name its parent, --data-root {root.parent}"
+        hint = f"{root} is a category itself: {hint}"
+    elif deeper := sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good")):
         hint = f"there is one for --data-root {deeper[0].parent.parent.parent}"
-    elif there:
-        known = f"categories there: {', '.join(there)}"
-        hint = f"{known}; {hint if config.category else 'choose one with --category (CATEGORY=)'}"
+    elif there := categories_in(root):
+        choose = hint if config.category else "choose one with --category (CATEGORY=)"
+        hint = f"categories there: {', '.join(there)}; {choose}"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
-def has_images(folder: Path) -> bool:
-    """Whether a folder is a category: normal images in train/good, or in the folder itself."""
-    return train_folder(folder).is_dir()
-
-
 def train_folder(folder: Path) -> Path:
-    """Where a category's normal images are: train/good, else, where it has images, the folder."""
+    """The folder of a category's normal images: train/good, or its own where it has images."""
     good = folder / "train" / "good"
     return folder if not good.is_dir() and folder.is_dir() and image_files(folder) else good
+
+
+def is_category(folder: Path) -> bool:
+    return train_folder(folder).is_dir()
 
 
 def categories_in(root: Path) -> list[str]:
     """The sub-folders with a train/good; where there are none, those with images."""
     names = [path.parent.parent.name for path in root.glob("*/train/good")]
-    return sorted(names or [path.name for path in root.glob("[!.]*") if has_images(path)])
+    return sorted(names or [path.name for path in root.glob("[!.]*") if is_category(path)])
 
 
 def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
-    """All categories of a data set; None stands for a root that is a category itself."""
+    """All categories of a data set; [None] where the root is a category itself."""
     if config.dataset in CLASSES:
         return list(CLASSES[config.dataset])
     root = data_root_of(config.dataset, data_root)
-    if has_images(root) and not list(root.glob("*/train/good")):
+    if is_category(root) and not list(root.glob("*/train/good")):
         return [None]
     if not (found := categories_in(root)):
         raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
@@ -172,7 +159,7 @@ def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
 def missing_categories(
     config: Config, names: list[str | None], data_root: Path | None, download: bool = False
 ) -> dict[str, str]:
-    """Those of the categories whose images are not there, with the reason."""
+    """The categories whose images are not there: name -> reason."""
     missing = {}
     for name in names:
         one = config.replace(category=name)
@@ -188,7 +175,7 @@ def missing_categories(
 
 
 def missing_message(missing: dict[str, str], names: list[str]) -> str:
-    """What missing_categories found of `names`, and that it stops a command."""
+    """The message of a command that stops because of missing_categories."""
     return (
         f"data of {len(missing)} of {len(names)} categories is missing "
         f"({', '.join(map(str, missing))}), nothing was trained"
@@ -196,10 +183,10 @@ def missing_message(missing: dict[str, str], names: list[str]) -> str:
 
 
 def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
-    """Hashes of what is in the files of a category: train_images, and test_images with masks.
+    """Hashes of a category's files: train_images, and test_images (which include the masks).
 
-    By them a finished run knows its images. Empty where scikit-learn or torchvision has the images.
-    UserError where the category's folder is not there.
+    A finished run knows its images by them. Empty for digits, MNIST and CIFAR-10. UserError where
+    the category's folder is not there.
     """
     if not config.in_folders:
         return {}
@@ -213,16 +200,17 @@ def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
 
 
 def content_hash(paths: list[Path], folder: Path) -> str:
-    """Of the files' names, relative to the folder, and bytes."""
+    """Hash of the files' bytes and of their names relative to the folder."""
 
     def digest(path: Path) -> bytes:
+        """A hash of one file's name and bytes; the name alone if it cannot be read."""
         name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
         try:
             return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
-        except OSError:  # a link to nowhere: load() names it
+        except OSError:  # such as a broken link, which load() reports
             return name
 
-    readable = [path for path in paths if not path.is_fifo()]  # a pipe would be waited for
+    readable = [path for path in paths if not path.is_fifo()]  # reading a pipe would wait
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return hashlib.sha256(b"".join(pool.map(digest, readable))).hexdigest()[:16]
 
@@ -231,21 +219,18 @@ def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
     good = train_folder(folder)
     train = image_files(good)
-    check_train_size(len(train), config, good)
+    kept, held_out = split_calibration(len(train), config, good)
     test = test_files(folder)
     if (folder / "test").is_dir():
-        for kind, found in (
-            ("images in test/good", any(defect == "good" for _, defect in test)),
-            ("defective images in test/<defect>", any(defect != "good" for _, defect in test)),
-        ):
-            if not found:
-                raise UserError(
-                    f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
-                    "add some, or take test/ away to train and calibrate only"
-                )
+        has_good = any(defect == "good" for _, defect in test)
+        if not has_good or all(defect == "good" for _, defect in test):
+            kind = "defective images in test/<defect>" if has_good else "images in test/good"
+            raise UserError(
+                f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
+                "add some, or take test/ away to train and calibrate only"
+            )
     note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
-    kept, held_out = split_calibration(len(train), config)
-    # In the order in which they are cut apart, so that no part is a copy
+    # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
     pixels = read_images(paths, config.image_size, config.channels)
     return Category(
@@ -261,7 +246,7 @@ def load_folder(config: Config, root: Path) -> Category:
 
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
-    """The images in test/<defect>, each with its defect's name; sorted."""
+    """The images in test/<defect>, each with the name of its folder; sorted."""
     found = []
     if (folder / "test").is_dir():
         for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
@@ -271,7 +256,7 @@ def test_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
-    """ground_truth/<defect>/<image>_mask.png of every test image; None where it has none."""
+    """ground_truth/<defect>/<image>_mask.png of every test image; None where there is none."""
     found: list[Path | None] = []
     for path, defect in test:
         name = folder / "ground_truth" / defect / path.stem
@@ -283,7 +268,7 @@ def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
 def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> Tensor | None:
     """The masks as bool (N, S, S); None unless every defective image has one.
 
-    A pixel of the network's size is defective where at least half of it is. Good images have none.
+    A pixel is defective where at least half of its area is. Good images have no defective pixel.
     """
     files = mask_files(folder, test)
     defective = [i for i, (_, defect) in enumerate(test) if defect != "good"]
@@ -306,22 +291,22 @@ def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> T
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)
 
 
-@functools.lru_cache(maxsize=1)  # a benchmark asks for the same ones for every class
+@functools.lru_cache(maxsize=1)  # a benchmark asks for the same images for every class
 def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], np.ndarray]:
     """Images (h, w) or (h, w, 3) in uint8 and their class numbers, train and test pooled."""
     if dataset == "digits":
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # late, as it is slow to import
 
         digits = load_digits()
         return list(np.rint(digits.images * 255 / 16).astype(np.uint8)), digits.target
-    from torchvision import datasets
+    from torchvision import datasets  # late, as it is slow to import
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
         with locked(root, wait=True, tidy=True) if download else contextlib.nullcontext():
             parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
-        # not there, damaged, offline
+        # Not there, damaged or offline
         folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
         reason = " ".join(str(error).split())
         hint = reason if download else f"{flag('--download')} fetches it"
@@ -331,17 +316,17 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
 
 
 def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.ndarray) -> Category:
-    """The other nine classes are normal, split 80/20 by the seed; the anomalies are all tested."""
+    """The category is the anomaly, all tested; the other classes are split 80/20 by the seed."""
     names = CLASSES[config.dataset]
     anomaly = names.index(config.category)
     normal = torch.from_numpy(np.flatnonzero(classes != anomaly))
-    shuffled = normal[torch.randperm(len(normal), generator=seeded(config))]
+    rng = torch.Generator().manual_seed(config.seed)
+    shuffled = normal[torch.randperm(len(normal), generator=rng)]
     n_train = round(0.8 * len(normal))
-    check_train_size(n_train, config, config.dataset)
+    kept, held_out = split_calibration(n_train, config, config.dataset)
     train, test_good = shuffled[:n_train].sort().values, shuffled[n_train:].sort().values
     test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
-    kept, held_out = split_calibration(n_train, config)
-    # In the order in which they are cut apart, so that no part is a copy
+    # One tensor in the order of the parts, so that no part is a copy
     order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
     check_memory(len(order), config.image_size, config.channels)
     pixels = torch.empty((len(order), config.channels, *[config.image_size] * 2), dtype=torch.uint8)
@@ -360,33 +345,21 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     )
 
 
-# Calibration split
+def split_calibration(n: int, config: Config, where="images") -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted.
 
-
-def seeded(config: Config) -> torch.Generator:
-    return torch.Generator().manual_seed(config.seed)
-
-
-def calibration_size(n: int, config: Config) -> int:
-    return max(MIN_CALIBRATION, round(config.calibration_fraction * n))
-
-
-def check_train_size(n: int, config: Config, where) -> None:
-    held_out = calibration_size(n, config)
+    UserError where n is too small; `where` names the images.
+    """
+    held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n == 0:
         raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
-        least = held_out == MIN_CALIBRATION
-        enough = f"at least {MIN_TRAIN + held_out} are needed"
-        mend = enough if least else "lower --calibration-fraction"
+        hint = "lower --calibration-fraction"
+        if held_out == MIN_CALIBRATION:
+            hint = f"at least {MIN_TRAIN + held_out} are needed"
         raise UserError(
             f"{where}: {n} training images; calibration takes {held_out} and training needs "
-            f"{MIN_TRAIN}: {mend}"
+            f"{MIN_TRAIN}: {hint}"
         )
-
-
-def split_calibration(n: int, config: Config) -> tuple[Tensor, Tensor]:
-    """Indices of 0..n-1 to train on and to calibrate with, drawn by the seed, each sorted."""
-    order = torch.randperm(n, generator=seeded(config))
-    held_out = calibration_size(n, config)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values

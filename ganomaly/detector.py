@@ -1,7 +1,7 @@
 """The trained detector: scores, verdicts and heat maps of images, and model.pt.
 
-Networks are in eval mode and float32 here, so that a score depends on neither batch size, batch
-mates nor order, and scoring changes no buffer.
+Networks are in eval mode and float32 here. A score depends on neither batch size, batch mates nor
+order, and scoring changes no buffer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ganomaly import config as configuration
+from ganomaly import scoring
 from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory, reason_of
@@ -23,21 +24,9 @@ from ganomaly.files import read_torch
 from ganomaly.images import read_images
 from ganomaly.networks import build
 from ganomaly.packed import can_pack, packed
-from ganomaly.scoring import (
-    SCORES,
-    Calibration,
-    Outputs,
-    Raw,
-    Statistics,
-    all_scores,
-    calibrate,
-    heat_map,
-    p_values,
-    raw_of,
-    threshold_at,
-)
+from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
 
-PASS_IMAGES, PASS_PIXELS = 64, 2**20  # at most, of one scoring pass: they bound its memory
+PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
 
 
 class Verdicts(NamedTuple):
@@ -49,31 +38,31 @@ class Verdicts(NamedTuple):
 
 
 def outputs_of(networks, x: Tensor) -> Outputs:
-    """x (B, C, S, S), of to_input, through networks in eval mode, named as networks.build does."""
+    """Run networks, named as by networks.build, on x (B, C, S, S) made by to_input."""
     z, x_hat, z_hat = networks["generator"](x)
-    features = networks["discriminator"].features(torch.cat([x, x_hat]))  # weights are read once
+    features = networks["discriminator"].features(torch.cat([x, x_hat]))  # reads the weights once
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 
 
 @dataclass
 class Detector:
-    """A trained model with what it knows of normal images; what model.pt holds."""
+    """A trained model and its calibration: the content of model.pt."""
 
-    networks: dict[str, nn.Module]  # as networks.build names them
+    networks: dict[str, nn.Module]  # named as by networks.build
     config: Config
     device: torch.device
     scale: float | None = None  # of the normalised input, see batches.to_input
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
-    fast: dict[str, nn.Module] = field(init=False, repr=False)  # the same, for scoring
+    fast: dict[str, nn.Module] = field(init=False, repr=False)  # the networks that score
 
     def __post_init__(self):
         for network in self.networks.values():
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)
         self.fast = dict(self.networks)
-        if can_pack(self.device):  # the comparator's layers, 3x3, win nothing
+        if can_pack(self.device):  # the comparator's 3x3 layers would gain nothing
             self.fast |= {n: packed(self.networks[n]) for n in ("generator", "discriminator")}
 
     @property
@@ -85,13 +74,18 @@ class Detector:
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
         x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # whatever a caller has on
+        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
             return outputs_of(self.fast, x)
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
-        self.calibration = calibrate(self.raw(pixels), self.config.seed)
+        self.calibration = scoring.calibrate(self.raw(pixels), self.config.seed)
         self.set_quantile(self.config.quantile)
+
+    @property
+    def missing_scores(self) -> set[str]:
+        """Scores that are newer than the calibration; calibrate() adds them."""
+        return set(self.config.scores) - self.calibration.scores.keys()
 
     @property
     def normal(self) -> Tensor:
@@ -99,15 +93,15 @@ class Detector:
         return self.calibration.scores[self.config.score]
 
     def set_quantile(self, quantile: float) -> float:
-        """Move the threshold; returns the share of normal images that is expected above it."""
+        """Move the threshold; returns the expected share of normal images above it."""
         self.config = self.config.replace(quantile=quantile)
-        self.threshold, above = threshold_at(self.normal, quantile)
+        self.threshold, above = scoring.threshold_at(self.normal, quantile)
         return above
 
     def __call__(self, images: Tensor | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files of any size and kind.
 
-        UserError names the files that cannot be read; ValueError tells what a tensor should be.
+        UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config
         if not isinstance(images, Tensor):
@@ -117,27 +111,22 @@ class Detector:
                 f"images are {images.dtype} of {tuple(images.shape)}; uint8 of "
                 f"(N, {c.channels}, {c.image_size}, {c.image_size}) is needed, 0 to 255"
             )
-        if not len(images):
-            return self.verdicts(torch.empty(0))
-        return self.verdicts(self.scores(images)[c.score])
-
-    def verdicts(self, scores: Tensor) -> Verdicts:
-        """Of headline scores (N,) float32."""
+        scores = self.scores(images)[c.score] if len(images) else torch.empty(0)
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
     def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function of the Outputs of every batch of uint8 images (N, C, S, S), in float32."""
+        """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
         parts = pixels.split(self.batch)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
             return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
-        """All uncalibrated scores of uint8 images (N, C, S, S), one pass.
+        """All uncalibrated scores of uint8 images (N, C, S, S).
 
-        UserError where one is not finite, as of a network that diverged.
+        UserError where one is not finite, as after a training that diverged.
         """
-        parts = self.each(pixels, lambda o: raw_of(o, self.config.scores))
+        parts = self.each(pixels, lambda o: scoring.raw_scores(o, self.config.scores))
         scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
         raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
         check_finite({**raw.scores, "z - z_hat": raw.gaps})
@@ -145,12 +134,12 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return check_finite(all_scores(self.raw(pixels), self.calibration.statistics))
+        return check_finite(scoring.all_scores(self.raw(pixels), self.calibration.statistics))
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         known = self.calibration.statistics
-        return torch.cat(self.each(pixels, lambda o: heat_map(o, known).cpu()))
+        return torch.cat(self.each(pixels, lambda o: scoring.heat_map(o, known).cpu()))
 
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
@@ -177,7 +166,10 @@ def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_detector(path, device: torch.device) -> Detector:
-    """The detector in a model.pt; UserError where the file is not one."""
+    """The detector in a model.pt; UserError where the file is not one.
+
+    A model may be older than some scores; see Detector.missing_scores.
+    """
     if not Path(path).exists():
         raise UserError(f"{path}: no such model; make train writes model.pt files")
     try:
@@ -190,11 +182,10 @@ def load_detector(path, device: torch.device) -> Detector:
         threshold, scale = float(state["threshold"]), state["scale"]
         if (scale is None) != (config.normalise == "none"):
             raise ValueError
-        nothing = Raw(
-            {name: torch.zeros(1) for name in SCORES}, torch.zeros(1, config.latent_dim).double()
-        )
-        all_scores(nothing, calibration.statistics)  # raises where shapes or names don't fit
-        if calibration.scores.keys() != set(config.scores):
+        zeros = {name: torch.zeros(1) for name in scoring.PLAIN_SCORES}
+        raw = Raw(zeros, torch.zeros(1, config.latent_dim).double())
+        scoring.all_scores(raw, calibration.statistics)  # raises where shapes or names do not fit
+        if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
         if out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Which device computes, with how many threads. Imports no more than that needs: predict waits."""
+"""Which device computes, with how many threads. It imports little, as predict waits for it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ganomaly.errors import UserError
 
 
 def use_device(name: str, deterministic: bool = False) -> torch.device:
-    """auto: CUDA where there is one, else the CPU. UserError where there is no such device.
+    """The device of a name; auto is CUDA where there is one, else the CPU.
 
-    A launcher's processes on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
-    `deterministic` leaves CUDA no algorithm whose sums are of changing order.
+    The processes of a launcher on one host (torchrun's LOCAL_RANK) take its GPUs in turn.
+    `deterministic` allows CUDA only algorithms that sum in a fixed order. UserError where there is
+    no such device.
     """
     n = torch.cuda.device_count()
     if name == "cuda" and n or name == "auto":
@@ -33,16 +34,16 @@ def use_device(name: str, deterministic: bool = False) -> torch.device:
         # Fused Adam, capturable or not, counts its steps on the device
         warnings.filterwarnings("ignore", ".*capturable")
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for cuBLAS
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # none is read here
+            torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
         torch.backends.cudnn.deterministic = True
-        # Scores are float32 proper; cuDNN would take TF32, with the mantissa of fp16.
+        # Scores are true float32; by default cuDNN uses TF32, which has the mantissa of fp16
         torch.backends.cudnn.conv.fp32_precision = "ieee"
     return device
 
 
 def use_threads(n: int) -> None:
-    """PyTorch's and BLAS's threads: sums, and so results, depend on their number."""
+    """Set PyTorch's and BLAS's threads. Sums, and so results, depend on their number."""
     torch.set_num_threads(n)
     threadpool_limits(n, user_api="blas")

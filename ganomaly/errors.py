@@ -1,48 +1,51 @@
-"""Errors for users: one clear line and an exit code; a traceback is for our bugs."""
+"""Errors for users: one clear line and an exit code. Only our own bugs show a traceback."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import signal
 import sys
 import threading
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the path or key, and the mend."""
+    """Something the user can change. The message names the path or key, and what to do."""
 
 
 def flag(name: str) -> str:
-    """A flag of the scripts in a message, and how make passes it on."""
+    """A flag of the scripts in a message, with its form for make."""
     return f"{name} (with make: ARGS={name})"
 
 
+HINTS = {
+    errno.ENOSPC: "free some space, then the same command goes on",
+    errno.EDQUOT: "free some space, then the same command goes on",
+    errno.EACCES: "check who may read and write there",
+    errno.EPERM: "check who may read and write there",
+    errno.EROFS: "choose a folder that can be written to",
+}
+
+
+INSTALL = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
+
+
 def describe(error: BaseException) -> str | None:
-    """One line for an error that is not ours to fix, None for a bug of ours."""
+    """One line for a user's, the system's or the machine's error; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        mend = {
-            errno.ENOSPC: "free some space, then the same command goes on",
-            errno.EDQUOT: "free some space, then the same command goes on",
-            errno.EACCES: "check who may read and write there",
-            errno.EPERM: "check who may read and write there",
-            errno.EROFS: "choose a folder that can be written to",
-        }.get(error.errno, "")
-        return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")
+        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
+        return f"{where}{error.strerror or error}{hint}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
-        mend = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
-        return f"{error.name} is not installed; {mend}"
+        return f"{error.name} is not installed; {INSTALL}"
     if out_of_memory(error):
         return "out of memory: lower --image-size, --width or, in training, --batch-size"
     return None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """By name and text, so that nobody pays for importing torch to hear of a wrong flag."""
+    """Known by name and text, so that this module does not import torch."""
     texts = (
         "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED",
@@ -55,39 +58,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library says of a state that does not fit, in one line, to stand behind a message."""
+    """An error's text in parentheses, on one line, to add to a message."""
     text = " ".join(str(error).split())
     return f" ({text[:300]})" if text else ""
 
 
 def lost_device(error: BaseException) -> bool:
-    """After such an error nothing that this process asks of its GPU will succeed."""
+    """Whether the GPU is of no more use to this process."""
     return type(error).__name__ == "AcceleratorError" and not out_of_memory(error)
 
 
 def exit_code(code: int) -> int:
-    """Under torchrun with restarts, 0 for what a restart of all workers would not mend."""
+    """0 for codes 1 and 2 under torchrun with restarts: a restart would not help."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     return 0 if code in (1, 2) and restarts else code
 
 
-@contextlib.contextmanager
-def leaving_at_once():
-    """Around imports, where Ctrl-C inside of an extension module becomes any other error."""
-
-    def leave(*_):
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def quiet(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands a full disk to the main thread; once is enough to tell it."""
+    """Hide a full disk in TensorBoard's thread: the main thread reports it too."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -99,7 +87,7 @@ def guard(main, argv: list[str] | None = None) -> int:
     """
     threading.excepthook = quiet
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # no file name may stop a run at its last line
+        if hasattr(stream, "reconfigure"):  # so that every file name can be printed
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
@@ -109,21 +97,15 @@ def guard(main, argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print("\n" + ": ".join(["interrupted", *interruption.args]), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has gone
-        give_up_output()
-        return 2
     except Exception as error:
         line = describe(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        give_up_output()
+        if not isinstance(error, BrokenPipeError):  # the reader of a pipe may leave
+            print(f"error: {line}", file=sys.stderr)
         return 2
-
-
-def give_up_output() -> None:
-    """What standard output does not take is not tried again, and complained of, at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a closed pipe or a full disk; else Python tries again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ import torch
 from ganomaly.errors import UserError, out_of_memory
 
 LOCK = ".lock"  # a file of its own: network file systems lock no folders
+TRIES = 1000  # to open a lock that other processes remove meanwhile
 
 
 class Busy(UserError):
@@ -25,53 +26,47 @@ class Busy(UserError):
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False, tidy: bool = False):
-    """Hold the folder's lock, which a process that dies does not leave behind.
+    """Hold the folder's lock; it ends with the process, even a killed one.
 
-    Raises Busy at once where another process has it, unless `wait`. A folder that it made and where
-    nothing came into it is taken back; else the lock's file stays unless `tidy`, as network file
-    systems give those who wait for a file that was removed an error.
+    Raises Busy at once where another process has it, unless `wait`. A folder made here is removed
+    where nothing but the lock came into it. `tidy` removes the lock's file in any case. Else it
+    stays: on network file systems its removal is an error to processes that wait for it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with naming(folder / LOCK):
-        file = lock_file(folder, wait)
-    with file:
+    with naming(folder / LOCK), open_locked(folder, wait) as file:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # somebody else came
+            with contextlib.suppress(OSError):  # another process has put something there
                 if tidy or (made and os.listdir(folder) == [LOCK]):
                     os.unlink(file.name)
                     for path in made:
                         path.rmdir()
 
 
-def lock_file(folder: Path, wait: bool):
-    tries = 100
+def open_locked(folder: Path, wait: bool):
+    """The lock's file, locked. Raises as locked() does."""
+    tries = TRIES
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "a")
-        except FileNotFoundError:  # the folder has just been removed, or none can be made there
-            tries -= 1
-            if not tries:
-                raise
-            continue
-        try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
                 return file
+            file.close()  # it was removed meanwhile, and another process may lock a new one
         except BlockingIOError:
             file.close()
             raise Busy(f"{folder}: another process is at work on this run") from None
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
+            tries -= 1
+            if not tries or error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
-        file.close()  # its holder has removed it: that lock is worth nothing
 
 
 @contextlib.contextmanager
 def naming(path: Path):
-    """A write that fails, on a full disk for one, says no file: say which."""
+    """Put the path into an OSError without a file name, such as a failed write's."""
     try:
         yield
     except OSError as error:
@@ -82,9 +77,9 @@ def naming(path: Path):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A binary file to write, which takes the place of `path` once it is whole."""
+    """A binary file to write; it replaces `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's number: containers on one file system have the same ones
+    # Random, as process numbers repeat in containers that share a file system
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
@@ -99,34 +94,40 @@ def replacing(path: Path):
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Text goes out as UTF-8; names of files that are not UTF-8 keep their bytes."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogateescape")
+    """Text is written as UTF-8; file names in it that are not UTF-8 keep their bytes."""
     with replacing(path) as file:
-        file.write(content)
+        file.write(as_bytes(content))
+
+
+def as_bytes(content: bytes | str) -> bytes:
+    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether the path is a pipe or a device, such as /dev/stdout."""
+    return path.exists() and not path.is_file()
 
 
 def write_output(path: Path, content: bytes | str) -> None:
-    """A file that a user names: through a link to its target; into a pipe or device as it is."""
-    if path.exists() and not path.is_file():
-        if isinstance(content, str):
-            content = content.encode("utf-8", "surrogateescape")
+    """Write a file that a user named. A link stays and its target is replaced."""
+    if is_stream(path):
         with naming(path):
-            path.write_bytes(content)
+            path.write_bytes(as_bytes(content))
     else:
         write_atomic(Path(os.path.realpath(path)), content)
 
 
 def check_output(path: Path) -> None:
-    """Make the folder of a file that a user names; UserError where it cannot be written."""
+    """Make the folder of a file that a user named; UserError where it cannot be written."""
     if path.is_dir():
         raise UserError(f"--output {path}: a folder; name a file")
-    if path.exists() and not path.is_file():
-        return
     folder = Path(os.path.realpath(path)).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path}: {folder} cannot be written to; choose another folder")
+    if not is_stream(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"--output {path}: {folder} cannot be written to; choose another folder"
+            )
 
 
 def write_torch(path: Path, state: dict) -> None:
@@ -134,23 +135,23 @@ def write_torch(path: Path, state: dict) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk; then no archive can be closed
+            if isinstance(error.__context__, OSError):  # a full disk, hidden by torch's own error
                 raise error.__context__ from None
             raise
 
 
 def read_torch(path: Path) -> dict:
-    """Tensors, numbers, text; ValueError for a damaged archive, or a pickle that would run code."""
+    """A dict of torch.save; ValueError where the file is damaged, or would run code."""
     content = io.BytesIO(path.read_bytes())
     try:
-        if damaged := zipfile.ZipFile(content).testzip():  # torch reads past a flipped bit
+        if damaged := zipfile.ZipFile(content).testzip():  # torch does not see a flipped bit
             raise ValueError(f"{damaged} is damaged")
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("holds no names")
         return state
-    except Exception as error:  # whatever other bytes make torch raise
+    except Exception as error:  # torch raises errors of any kind
         if out_of_memory(error):
             raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None

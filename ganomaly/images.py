@@ -15,7 +15,7 @@ import torch
 from PIL import (
     Image,
     ImageOps,
-    TiffImagePlugin,  # noqa: F401, makes a format known
+    TiffImagePlugin,  # noqa: F401, registers the format
     WebPImagePlugin,  # noqa: F401
 )
 from torch import Tensor
@@ -24,12 +24,14 @@ from tqdm import tqdm
 from ganomaly.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-# What a file may be, whatever its name; other readers of Pillow's are rare, one starts Ghostscript
+# Formats that are read, whatever a file's name. Pillow's other readers are rare; one of them starts
+# Ghostscript
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
-AHEAD = 256  # images decoded before they are asked for
+AHEAD = 256  # images decoded in advance
+GROUP = Path("/sys/fs/cgroup")  # where a container sees its own limits
 
-# Of large images and of odd camera tags Pillow warns; neither is news to who took them.
+# Pillow warns of large images and of unusual camera tags; neither is a problem.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -42,7 +44,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def note_others(folder: Path, paths) -> None:
-    """Say which files of a folder are not read for their suffix: .heic photographs, for one."""
+    """Print how many image files are not read because of their suffix, such as .heic."""
     found = Counter(suffix for path in paths if (suffix := suffix_of(path)) in NOT_READ)
     if found:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(found.items()))
@@ -72,7 +74,7 @@ def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray |
     """uint8 (C, S, S), or the reason why the file cannot be read."""
     path = Path(path)
     try:
-        if path.is_fifo():  # it would be waited for
+        if path.is_fifo():  # opening it would wait for a writer
             return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels)
@@ -80,12 +82,12 @@ def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray |
         return "empty file" if path.stat().st_size == 0 else "not an image"
     except MemoryError:
         raise
-    except Exception as error:  # whatever a reader makes of damaged bytes
+    except Exception as error:  # damaged files raise errors of any kind
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def decode(paths: Iterable[str | Path], image_size: int, channels: int):
-    """Yield read_image of every path, in order, decoded by threads a little ahead of the reader."""
+    """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque = deque()
         try:
@@ -99,65 +101,41 @@ def decode(paths: Iterable[str | Path], image_size: int, channels: int):
             pool.shutdown(cancel_futures=True)
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
+def free_memory() -> int | None:
     """Bytes that this process may still take; None where the system does not say."""
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # a kernel without them
+        limit, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit
         return free
-    # Limits of a container or a batch job: its own, and those of the groups around it
-    for line in groups:
-        _, controllers, inside = line.split(":", 2)
-        names, top = ("max", "current"), root / "sys/fs/cgroup"
-        if "memory" in controllers.split(","):  # version 1
-            names, top = ("limit_in_bytes", "usage_in_bytes"), top / "memory"
-        elif controllers:
-            continue
-        place = top / inside.lstrip("/")
-        for group in (place, *(p for p in place.parents if p.is_relative_to(top))):
-            try:
-                limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
-                stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # no limit there
-                continue
-            # Cached files are counted as used, and go where memory is asked for
-            cached = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
-            free = max(0, min(free, limit - used + cached))
-    return free
+    # Cached files count as used, but the system drops them where memory is needed
+    cached = int(stat["active_file"]) + int(stat["inactive_file"])
+    return min(free, max(0, limit - used + cached))
 
 
 def check_memory(n: int, image_size: int, channels: int) -> None:
     """UserError where n decoded images do not fit into memory, before an hour of decoding."""
     needed, free = n * channels * image_size**2, free_memory()
-    if free is None or needed <= free:
-        return
-    mends = [f"{free // (needed // n)} of them fit"]
-    for size in (s for s in (512, 256, 128, 64, 32) if s < image_size):
-        if (smaller := n * channels * size**2) <= free:
-            mends.append(f"--image-size {size} takes {smaller / 1e9:.1f}")
-            break
-    if channels > 1:
-        mends.append("--channels 1 a third")
-    raise UserError(
-        f"{n} images of {channels} x {image_size} x {image_size} take {needed / 1e9:.1f} GB of "
-        f"memory, {free / 1e9:.1f} GB are free; {', '.join(mends)}"
-    )
+    if free is not None and needed > free:
+        raise UserError(
+            f"{n} images of {channels} x {image_size} x {image_size} take {needed / 1e9:.1f} GB of "
+            f"memory, {free / 1e9:.1f} GB are free; take a smaller --image-size or --channels 1"
+        )
 
 
 def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
     """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
     check_memory(len(paths), image_size, channels)
     pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
-    bad = []
     results = decode(paths, image_size, channels)
-    for i, result in enumerate(
-        tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
-    ):
+    bar = tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
+    bad = []
+    for i, result in enumerate(bar):
         if isinstance(result, str):
             bad.append(f"{paths[i]} ({result})")
         else:

@@ -1,7 +1,7 @@
 """The paper's losses (arXiv 1805.06725, section 3.3), each headed by its formula.
 
-All take any floating type and return a float32 scalar (float64 for float64 inputs): sums over
-thousands of pixels are not left to half precision.
+All take any floating type and return a float32 scalar (float64 for float64 inputs), because half
+precision is too coarse for sums over thousands of pixels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
 
 
 def discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """L_D = 0.5 (BCE(D(x), 1) + BCE(D(x_hat), 0))   (the released code), on logits
+    """L_D = 0.5 (BCE(D(x), 1) + BCE(D(x_hat), 0))   (the released code)
 
     real, fake: logits (B,) of x and of x_hat.
     """
@@ -52,10 +52,10 @@ def discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def comparator(logits: Tensor, mask: Tensor) -> Tensor:
-    """L_cmp = mean w (1 - p)^2 BCE   (focal loss, Lin et al., ICCV 2017), p the truth's probability
+    """L_cmp = mean w (1 - p)^2 BCE   (focal loss, Lin et al., ICCV 2017)
 
-    logits: (B, S, S) that a pixel is corrupted; mask: (B, S, S) in {0, 1}, where it is. The few
-    that are have w = 5, the others 1.
+    logits: (B, S, S), of "this pixel is corrupted"; mask: (B, S, S), 1 where it is, else 0.
+    p is the probability of the true answer. Corrupted pixels are few and have w = 5, others 1.
     """
     mask = full(mask)
     cross_entropy = F.binary_cross_entropy_with_logits(full(logits), mask, reduction="none")

@@ -1,7 +1,6 @@
 """Image-level figures of one category: AUROC, average precision, F1, and the controls.
 
-AUC and average precision are scikit-learn's. Labels are 0 normal, 1 defective; a higher score
-means more anomalous.
+Labels are 0 normal, 1 defective; a higher score means more anomalous.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
     """Figures of scores (N,) at a threshold that no test label has touched.
 
     An image is called defective when its score is greater than the threshold. f1_max is the best
-    F1 over all thresholds, an oracle; f1_trivial calls every image defective.
+    F1 over all thresholds, an oracle; f1_trivial is the F1 of calling every image defective.
     """
     verdicts = scores > threshold
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, verdicts, average="binary", zero_division=0
     )
     bad, good = int(labels.sum()), int((labels == 0).sum())
+    precisions, recalls, _ = precision_recall_curve(labels, scores)
+    f1s = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
     return {
         "auroc": auroc(labels, scores),
         "average_precision": float(average_precision_score(labels, scores)),
@@ -37,15 +38,9 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
         "precision": float(precision),
         "recall": float(recall),
         "accuracy": float(accuracy_score(labels, verdicts)),
-        "f1_max": f1_max(labels, scores),
+        "f1_max": float(np.max(f1s)),
         "f1_trivial": 2 * bad / (2 * bad + good),
     }
-
-
-def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The best F1 that any threshold reaches on these labels."""
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -53,10 +48,10 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 class Histogram:
-    """Counts of good and defective float32 values, of which auroc() is that of the values.
+    """Counts of good and defective float32 values, for the AUROC of more values than fit in memory.
 
     A bin holds the values that agree in sign, exponent and the 13 highest bits of the mantissa, so
-    that no range has to be known. Memory is 64 MB, however many values are added.
+    the range of the values need not be known. It takes 64 MB.
     """
 
     BITS = 22
@@ -67,7 +62,7 @@ class Histogram:
     def add(self, labels: np.ndarray, values: np.ndarray) -> None:
         """labels: bool or 0 and 1, of the shape of values."""
         bits = (values.astype(np.float32) + 0.0).view(np.uint32)  # + 0.0: no negative zero
-        # In the order of the values: a negative number's bits count downwards
+        # Make the order of bits that of the values: the bits of negative numbers count downwards
         ordered = np.where(bits >> 31, ~bits, bits | np.uint32(2**31)) >> (32 - self.BITS)
         for label in (0, 1):
             places, times = np.unique(ordered[labels == label], return_counts=True)
@@ -81,24 +76,26 @@ class Histogram:
 
 
 def brightness(images: np.ndarray) -> np.ndarray:
-    """Mean brightness of images (N, ...), uint8 or float in [0, 1]: (N,) grey levels, to a tenth.
+    """Mean brightness of images (N, ...), uint8 or float in [0, 1]: (N,) grey levels.
 
-    No finer: where each mean was removed, the rank of what is left would be one of rounding.
+    Rounded to tenths, because after normalisation only rounding noise would be left to rank.
     """
     means = images.reshape(len(images), -1).mean(axis=1, dtype=np.float64)
     return np.round(means if images.dtype == np.uint8 else 255 * means, 1)
 
 
 def controls(train: np.ndarray, test: Iterable[np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """AUROC of three scores that learn little or nothing, on the pixels that the network sees.
+    """AUROC of three simple scores on the pixels that the network sees.
 
-    train (n, ...) without the calibration images, test the parts of (N, ...), float32: mean
-    brightness, squared distance to the mean training image, and the squared residual of a PCA of
-    the training images with min(40, n - 1) components. Under .5 defects have the smaller values.
+    The scores are mean brightness, squared distance to the mean training image, and the squared
+    residual of a PCA of the training images with min(40, n - 1) components. An AUROC under .5 means
+    that defects have the smaller values.
+
+    train: (n, ...) without the calibration images; test: the parts of (N, ...); both float32.
     """
     train = train.reshape(len(train), -1)
     mean = train.mean(axis=0)
-    with np.errstate(invalid="ignore"):  # of identical images: shares of no variance, not used
+    with np.errstate(invalid="ignore"):  # identical images have no variance to divide by
         pca = PCA(min(40, len(train) - 1, train.shape[1]), random_state=0).fit(train)
     rows = []
     for part in test:

@@ -1,8 +1,8 @@
-"""Encoder, decoder, generator and discriminator of GANomaly (arXiv 1805.06725, section 3.2).
+"""Encoder, decoder, generator and discriminator (arXiv 1805.06725, section 3.2); the comparator.
 
-And the comparator, which is not in the paper.
 Layouts and initialisation follow the authors' released code: a DCGAN encoder, its mirror as the
-decoder, no biases in convolutions. `image_size` is a power of two of at least 32 everywhere.
+decoder, no biases in convolutions. The comparator is not in the paper. Every network takes a
+Config; S is its image_size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ganomaly.config import Config
+
 
 def channel_plan(image_size: int, width: int) -> list[int]:
     """Channels of the maps of side image_size / 2, image_size / 4, ..., 4.
@@ -20,42 +22,43 @@ def channel_plan(image_size: int, width: int) -> list[int]:
     >>> channel_plan(64, 64)
     [64, 128, 256, 512]
     """
-    if image_size < 32 or image_size & (image_size - 1):
-        raise ValueError(f"image_size {image_size}: a power of two of at least 32 is needed")
-    return [width * 2**level for level in range(int(math.log2(image_size)) - 2)]
+    # The authors double the channels at every level. Beyond 256 px that makes 735 million
+    # parameters (512 px) and 2.9 billion (1024 px), so the channels of 256 px are the most.
+    return [width * min(2**level, 32) for level in range(int(math.log2(image_size)) - 2)]
 
 
-def downsampling(image_size: int, channels: int, width: int, extra_layers: int) -> nn.Sequential:
+def block(convolution: nn.Module, activation: nn.Module) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), activation]
+
+
+def leaky_relu() -> nn.Module:
+    return nn.LeakyReLU(0.2, inplace=True)
+
+
+def downsampling(config: Config) -> nn.Sequential:
     """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU."""
-    plan = channel_plan(image_size, width)
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels, width, 4, 2, 1, bias=False),
-        nn.LeakyReLU(0.2, inplace=True),
-    ]
-    for _ in range(extra_layers):
-        layers += [
-            nn.Conv2d(width, width, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+    plan, width = channel_plan(config.image_size, config.width), config.width
+    layers = [nn.Conv2d(config.channels, width, 4, 2, 1, bias=False), leaky_relu()]
+    for _ in range(config.extra_layers):
+        layers += block(nn.Conv2d(width, width, 3, 1, 1, bias=False), leaky_relu())
     for before, after in zip(plan, plan[1:]):
-        layers += [
-            nn.Conv2d(before, after, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+        layers += block(nn.Conv2d(before, after, 4, 2, 1, bias=False), leaky_relu())
     return nn.Sequential(*layers)
+
+
+def head(config: Config, outputs: int) -> nn.Module:
+    """Features (B, channel_plan[-1], 4, 4) -> (B, outputs, 1, 1)."""
+    last = channel_plan(config.image_size, config.width)[-1]
+    return nn.Conv2d(last, outputs, 4, 1, 0, bias=False)
 
 
 class Encoder(nn.Module):
     """Image (B, channels, S, S) -> latent (B, latent_dim)."""
 
-    def __init__(
-        self, image_size: int, channels: int, width: int, latent_dim: int, extra_layers: int = 0
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        self.features = downsampling(image_size, channels, width, extra_layers)
-        self.head = nn.Conv2d(channel_plan(image_size, width)[-1], latent_dim, 4, 1, 0, bias=False)
+        self.features = downsampling(config)
+        self.head = head(config, config.latent_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)).flatten(1)
@@ -64,29 +67,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent (B, latent_dim) -> image (B, channels, S, S) in [-1, 1]: the encoder's mirror."""
 
-    def __init__(
-        self, image_size: int, channels: int, width: int, latent_dim: int, extra_layers: int = 0
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        plan = channel_plan(image_size, width)[::-1]
-        layers: list[nn.Module] = [
-            nn.ConvTranspose2d(latent_dim, plan[0], 4, 1, 0, bias=False),
-            nn.BatchNorm2d(plan[0]),
-            nn.ReLU(inplace=True),
-        ]
+        plan, width = channel_plan(config.image_size, config.width)[::-1], config.width
+        first = nn.ConvTranspose2d(config.latent_dim, plan[0], 4, 1, 0, bias=False)
+        layers = block(first, nn.ReLU(inplace=True))
         for before, after in zip(plan, plan[1:]):
-            layers += [
-                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(inplace=True),
-            ]
-        for _ in range(extra_layers):
-            layers += [
-                nn.Conv2d(width, width, 3, 1, 1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
-        layers += [nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False), nn.Tanh()]
+            up = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
+            layers += block(up, nn.ReLU(inplace=True))
+        for _ in range(config.extra_layers):
+            layers += block(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.ReLU(inplace=True))
+        layers += [nn.ConvTranspose2d(width, config.channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -96,14 +87,11 @@ class Decoder(nn.Module):
 class Generator(nn.Module):
     """Encoder, decoder, encoder: x -> (z, x_hat, z_hat); the encoders share no weights."""
 
-    def __init__(
-        self, image_size: int, channels: int, width: int, latent_dim: int, extra_layers: int = 0
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        shape = (image_size, channels, width, latent_dim, extra_layers)
-        self.encoder1 = Encoder(*shape)
-        self.decoder = Decoder(*shape)
-        self.encoder2 = Encoder(*shape)
+        self.encoder1 = Encoder(config)
+        self.decoder = Decoder(config)
+        self.encoder2 = Encoder(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = self.encoder1(x)  # (B, latent_dim)
@@ -115,10 +103,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> (logit (B,), features (B, channel_plan[-1], 4, 4))."""
 
-    def __init__(self, image_size: int, channels: int, width: int, extra_layers: int = 0):
+    def __init__(self, config: Config):
         super().__init__()
-        self.features = downsampling(image_size, channels, width, extra_layers)
-        self.head = nn.Conv2d(channel_plan(image_size, width)[-1], 1, 4, 1, 0, bias=False)
+        self.features = downsampling(config)
+        self.head = head(config, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)
@@ -126,17 +114,18 @@ class Discriminator(nn.Module):
 
 
 class Comparator(nn.Module):
-    """x and x_hat, each (B, channels, S, S) -> logits (B, S, S) that x is corrupted there.
+    """x and x_hat, each (B, channels, S, S) -> logits (B, S, S): is this pixel corrupted?
 
-    A small U-Net (Ronneberger et al. 2015) from S/2 down to 8x8, which sees both images: DRAEM's
-    discriminative network (Zavrtanik et al., ICCV 2021), smaller. Four pixels are four channels of
-    its input and output: layers at full size would take half of its time.
+    A small U-Net (Ronneberger et al. 2015) with maps from S/2 down to 8x8. It is a smaller version
+    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). Its input and output have a
+    channel for each pixel of a 2x2 square: layers at full size would take half of its time.
     """
 
-    def __init__(self, image_size: int, channels: int, width: int):
+    def __init__(self, config: Config):
         super().__init__()
-        plan = [width * min(2**level, 8) for level in range(int(math.log2(image_size)) - 3)]
-        inputs = [4 * 2 * channels, *plan]
+        width, levels = config.comparator_width, int(math.log2(config.image_size)) - 3
+        plan = [width * min(2**level, 8) for level in range(levels)]
+        inputs = [4 * 2 * config.channels, *plan]
         self.down = nn.ModuleList(two_convolutions(a, b) for a, b in zip(inputs, plan))
         self.up = nn.ModuleList(two_convolutions(a + b, a) for a, b in zip(plan, plan[1:]))
         self.head = nn.Conv2d(width, 4, 1)
@@ -144,29 +133,25 @@ class Comparator(nn.Module):
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         both = F.pixel_unshuffle(torch.cat([x, x_hat], 1), 2)
         maps = [self.down[0](both.contiguous(memory_format=torch.channels_last))]
-        for block in self.down[1:]:
-            maps.append(block(F.max_pool2d(maps[-1], 2)))
+        for level in self.down[1:]:
+            maps.append(level(F.max_pool2d(maps[-1], 2)))
         y = maps.pop()
-        for block in reversed(self.up):
-            y = block(torch.cat([maps.pop(), F.interpolate(y, scale_factor=2)], 1))
+        for level in reversed(self.up):
+            y = level(torch.cat([maps.pop(), F.interpolate(y, scale_factor=2)], 1))
         return F.pixel_shuffle(self.head(y), 2)[:, 0]
 
 
 def two_convolutions(before: int, after: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs in (before, after):
-        layers += [
-            nn.Conv2d(inputs, after, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(inplace=True),
-        ]
+        layers += block(nn.Conv2d(inputs, after, 3, 1, 1, bias=False), nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
 def initialise(network: nn.Module, rng: torch.Generator) -> None:
     """Convolutions N(0, 0.02); BatchNorm weight N(1, 0.02), bias 0 (the released code).
 
-    The comparator, which is not theirs, keeps BatchNorm's 1 and 0 and takes He's convolutions.
+    The comparator is not theirs: it has He's convolutions, and BatchNorm's default 1 and 0.
     """
     for module in network.modules():
         if isinstance(network, Comparator):
@@ -179,15 +164,15 @@ def initialise(network: nn.Module, rng: torch.Generator) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=rng)
             nn.init.zeros_(module.bias)
+        elif list(module.parameters(recurse=False)):
+            raise TypeError(
+                f"initialise() must draw the weights of {type(module).__name__} from rng"
+            )
 
 
-def build(config) -> dict[str, nn.Module]:
-    """The networks of a Config by name, not initialised; a comparator where it has a width."""
-    size = (config.image_size, config.channels, config.width)
-    networks: dict[str, nn.Module] = {
-        "generator": Generator(*size, config.latent_dim, config.extra_layers),
-        "discriminator": Discriminator(*size, config.extra_layers),
-    }
+def build(config: Config) -> dict[str, nn.Module]:
+    """The networks by name, not initialised; a comparator where it has a width."""
+    networks = {"generator": Generator(config), "discriminator": Discriminator(config)}
     if config.comparator_width:
-        networks["comparator"] = Comparator(*size[:2], config.comparator_width)
+        networks["comparator"] = Comparator(config)
     return networks

@@ -1,7 +1,7 @@
-"""Convolutions whose weights are laid out once as a CPU computes with them, for scoring.
+"""Convolutions with weights in the CPU's own layout, for scoring.
 
-PyTorch does that at every call, and with a deep layer's weights it takes four times as long as one
-image does to pass through them. The operators are those that torch.compile emits for a CPU.
+PyTorch changes the layout at every call. For one image and a deep layer that takes four times as
+long as the convolution. The operators are those that torch.compile emits for a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OPERATORS = torch.ops.mkldnn  # of oneDNN, formerly MKL-DNN
 
 
 class Packed(nn.Module):
-    """What an nn.Conv2d or nn.ConvTranspose2d computes of float32, on a CPU, without gradients."""
+    """An nn.Conv2d or nn.ConvTranspose2d for float32 on a CPU, without gradients."""
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d):
         super().__init__()
@@ -32,17 +32,17 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.weight, self.layer.bias, *self.shape, "none", [], "")
 
-    def __reduce__(self):  # what is packed can be neither copied nor pickled
+    def __reduce__(self):  # packed weights can be neither copied nor pickled
         return Packed, (self.layer,)
 
 
 def packed(module: nn.Module) -> nn.Module:
-    """A twin of a module, on a CPU, for inference only; all but convolutions' weights is shared."""
+    """A copy of a module on a CPU, for inference only; it shares all but convolutions' weights."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return Packed(module)
-    twin = copy.copy(module)
-    twin._modules = {name: packed(child) for name, child in module._modules.items()}
-    return twin
+    copied = copy.copy(module)
+    copied._modules = {name: packed(child) for name, child in module._modules.items()}
+    return copied
 
 
 def can_pack(device: torch.device) -> bool:

@@ -1,8 +1,8 @@
-"""A training step recorded as a CUDA graph and replayed: one launch in place of hundreds.
+"""A training step recorded as a CUDA graph and replayed: one launch instead of hundreds.
 
-At 64 pixels a step's kernels take a GPU less time than Python takes to ask for them: 2.3 ms for 7.8
-on an H100 (experiments/speed). By the rules of PyTorch's documentation (CUDA semantics, "CUDA
-Graphs"); not every GPU has been tried, so that a recording must prove itself.
+At 64 pixels an H100 takes 2.3 ms to compute a step, and Python 7.8 ms to launch its kernels
+(experiments/speed). The rules are those of PyTorch's documentation (CUDA semantics, "CUDA Graphs").
+Not every GPU has been tried, so each recording is compared with the step before it is used.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-WARM_UP = 3  # steps in which libraries choose their kernels and claim memory
-LEAST = 200  # steps from which on a recording pays
-APART = 0.1  # of a tensor's way in a step: more than sums of changing order leave between two
+WARM_UP = 3  # steps before the recording, in which libraries choose kernels and take memory
+MIN_STEPS = 200  # fewer steps do not repay the recording
+# Allowed deviation as a fraction of the step; larger than what nondeterministic sums cause.
+ALLOWED = 0.1
 
 
 class Replayed:
     """step(*inputs), recorded at its fourth call and replayed from then on.
 
-    The step changes the tensors that state() holds, in place, and nothing else; it draws no random
-    numbers and asks the host for nothing. Its inputs keep their shapes. A recording that cannot be
-    made, or that takes the state elsewhere than the step itself, is told and not used.
+    The step changes the tensors of state(), in place, and nothing else. It draws no random numbers
+    and never waits for the device. Its inputs keep their shapes. Where recording fails, or replays
+    give another state than the step, a message says so and the step runs as it is.
     """
 
     def __init__(self, step: Callable, state: Callable[[], object], device: torch.device):
@@ -39,14 +40,14 @@ class Replayed:
             assign(self.inputs, inputs)
             self.replay()
         elif self.calls <= WARM_UP:
-            self.aside(inputs)
+            self.warm_up(inputs)
         elif self.calls == WARM_UP + 1:
             self.try_recording(inputs)
         else:
             self.step(*inputs)
 
-    def aside(self, inputs: tuple[Tensor, ...]) -> None:
-        """The step on the recording's stream, as the rules ask of what goes before one."""
+    def warm_up(self, inputs: tuple[Tensor, ...]) -> None:
+        """The step on the recording's stream, which the rules ask for before a recording."""
         if self.stream is None:
             return self.step(*inputs)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -55,40 +56,40 @@ class Replayed:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def try_recording(self, inputs: tuple[Tensor, ...]) -> None:
-        """A recording, replayed twice from one state and held against the step, and the step."""
+        """Do the step; keep a recording where two replays from the same state agree with it."""
         state = [leaf for leaf in tree_leaves(self.state()) if isinstance(leaf, Tensor)]
         before, reason = [], ""
         try:
             before = [t.clone() for t in state]
             held = [x.clone() for x in inputs]
             replay = record(self.step, held, self.stream)
-            for _ in range(2):  # the second time in memory that is not fresh
+            for _ in range(2):  # the second time in memory that the first has written to
                 assign(state, before)
                 replay()
             replayed = [t.clone() for t in state]
-        except RuntimeError as error:  # of a failed capture the cause is behind it
+        except RuntimeError as error:  # its context is the cause of a failed capture
             reason = " ".join(str(error.__context__ or error).split())[:200]
         assign(state, before)  # raises where the device itself is lost
-        self.aside(inputs)
-        allowed = 0 if torch.are_deterministic_algorithms_enabled() else APART
-        if not reason and not way_off(replayed, state, before) <= allowed:
+        self.warm_up(inputs)
+        allowed = 0 if torch.are_deterministic_algorithms_enabled() else ALLOWED
+        if not reason and not deviation(replayed, state, before) <= allowed:
             reason = "it computes something else"
         if reason:
-            told = f"no CUDA graph of the training step, which is slower without: {reason}"
-            tqdm.write(told, file=sys.stderr)
+            message = f"no CUDA graph of the training step, which is slower without: {reason}"
+            tqdm.write(message, file=sys.stderr)
         else:
             self.replay, self.inputs = replay, held
 
 
 def pays(steps: int, device: torch.device, scaler: torch.amp.GradScaler) -> bool:
-    """On CUDA, except in short runs and in fp16, whose scaler has state on the host."""
-    return device.type == "cuda" and steps >= LEAST and not scaler.is_enabled()
+    """Whether to record: on CUDA, not in short runs, not in fp16 (its scaler waits for the GPU)."""
+    return device.type == "cuda" and steps >= MIN_STEPS and not scaler.is_enabled()
 
 
 def record(step: Callable, inputs: list[Tensor], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """What computes step(*inputs) from what the inputs hold by then. Nothing is computed yet."""
+    """Record step(*inputs) without computing it; the result computes it from the same memory."""
     graph = torch.cuda.CUDAGraph()
-    # A capture that fails leaves its stream the current one
+    # A failed capture would leave its stream the current one
     with torch.cuda.stream(torch.cuda.current_stream(stream.device)):
         with torch.cuda.graph(graph, stream=stream):
             step(*inputs)
@@ -100,10 +101,10 @@ def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def way_off(state: list[Tensor], expected: list[Tensor], before: list[Tensor]) -> float:
-    """How far from what is expected a tensor is, as a share of its way from before; the largest."""
+def deviation(state: list[Tensor], expected: list[Tensor], before: list[Tensor]) -> float:
+    """Largest |state - expected| / |expected - before| over the tensors."""
     shares = []
     for tensor, right, start in zip(state, expected, before):
-        apart, way = (tensor.float() - right).norm(), (right.float() - start).norm()
-        shares.append(torch.where(apart == 0, apart, apart / way))
+        error, step = (tensor.float() - right).norm(), (right.float() - start).norm()
+        shares.append(torch.where(error == 0, error, error / step))
     return float(torch.stack(shares).nan_to_num(nan=torch.inf).max())

@@ -1,4 +1,8 @@
-"""Raw anomaly scores, maps of them, and their calibration on held-out normal images."""
+"""Anomaly scores, maps of the anomaly, and their calibration on held-out normal images.
+
+A new score is one line in PLAIN_SCORES, or in FITTED_SCORES where it needs statistics of normal
+images.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +16,40 @@ from torch import Tensor
 
 FOLDS = 5
 
+# Filters of the maps
 _ROWS = torch.tensor([1.0, 0.0, -1.0]).view(1, 1, 3, 1).expand(1, 1, 3, 3) / 3
-PREWITT = torch.cat([_ROWS, _ROWS.transpose(2, 3)])  # (2, 1, 3, 3), of rows and of columns
+PREWITT = torch.cat([_ROWS, _ROWS.transpose(2, 3)])  # (2, 1, 3, 3), vertical and horizontal
 _BELL = torch.exp(-torch.arange(-3.0, 4.0).square() / 2)
 _BELL = _BELL / _BELL.sum()
-GAUSSIAN = torch.outer(_BELL, _BELL)  # (7, 7), of one pixel
+GAUSSIAN = torch.outer(_BELL, _BELL)  # (7, 7), standard deviation one pixel
 
 
 class Outputs(NamedTuple):
-    """What the networks make of a batch, float32."""
+    """Input and outputs of the networks for one batch, float32."""
 
     x: Tensor  # (B, C, S, S) as batches.to_input makes it
     x_hat: Tensor  # (B, C, S, S) in [-1, 1]
     z: Tensor  # (B, latent_dim)
     z_hat: Tensor  # (B, latent_dim)
     f: Tensor  # (B, K, 4, 4) the discriminator's features of x
-    f_hat: Tensor  # (B, K, 4, 4) and of x_hat
-    logits: Tensor | None  # (B, S, S) the comparator's, where there is one
+    f_hat: Tensor  # (B, K, 4, 4) the discriminator's features of x_hat
+    logits: Tensor | None  # (B, S, S) the comparator's; None without one
 
 
-# Maps (B, S, S) of how anomalous a pixel is, from which scores and heat maps are made
+# Maps (B, S, S): how anomalous each pixel is. Scores and heat maps are made from them.
 
 
 def residual_map(o: Outputs) -> Tensor:
-    """|mean of x - x_hat over 5x5 pixels|, a mean over channels: what is missing, not its noise."""
-    difference = (o.x - o.x_hat).contiguous()  # channels last would take twice the time
+    """|mean of x - x_hat over 5x5 pixels|, averaged over channels. The mean removes noise."""
+    difference = (o.x - o.x_hat).contiguous()  # channels last takes twice the time
     means = F.avg_pool2d(difference, 5, stride=1, padding=2, count_include_pad=False)
     return means.abs().mean(1)
 
 
 def gradient_map(o: Outputs) -> Tensor:
-    """1 - gradient magnitude similarity of x and x_hat in grey, a mean over four scales.
+    """1 - gradient magnitude similarity of x and x_hat in grey, averaged over four scales.
 
-    Xue et al., TIP 2014; over scales as in RIAD (Zavrtanik et al., Pattern Recognition 2021).
+    Xue et al., TIP 2014; the scales are RIAD's (Zavrtanik et al., Pattern Recognition 2021).
     """
     x, x_hat = o.x.mean(1, keepdim=True), o.x_hat.mean(1, keepdim=True)
     total = torch.zeros_like(x)
@@ -54,27 +59,27 @@ def gradient_map(o: Outputs) -> Tensor:
         a, b = gradient_magnitude(x), gradient_magnitude(x_hat)
         c = 0.0104  # the authors' .0026 is for a range of 1, ours is 2
         difference = 1 - (2 * a * b + c) / (a.square() + b.square() + c)
-        # F.interpolate's, which under --deterministic takes another formula for its gradient's sake
+        # Not F.interpolate: under --deterministic it uses another formula
         total += torch.ops.aten.upsample_bilinear2d(difference, total.shape[-2:], False)
     return blurred(total[:, 0] / 4)
 
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
-    """Prewitt's, of (B, 1, h, w)."""
+    """Length of the Prewitt gradient of grey images (B, 1, h, w)."""
     kernels = PREWITT.to(grey.device, non_blocking=True)
     padded = F.pad(grey, (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, kernels).square().sum(1, keepdim=True).add(1e-12).sqrt()
 
 
 def blurred(m: Tensor) -> Tensor:
-    """A map (B, S, S) under a Gaussian of one pixel, cut off after three."""
+    """Maps (B, S, S) blurred by GAUSSIAN."""
     kernels = GAUSSIAN.to(m.device, non_blocking=True)
-    kernels = kernels.expand(m.shape[0], 1, 7, 7)  # a channel per image: the fastest
+    kernels = kernels.expand(m.shape[0], 1, 7, 7)  # each image as a channel is the fastest
     return F.conv2d(F.pad(m, (3, 3, 3, 3), mode="reflect"), kernels, groups=m.shape[0])
 
 
 def comparator_map(o: Outputs) -> Tensor:
-    """The comparator's logits, a little blurred so that one odd pixel does not decide."""
+    """The comparator's logits, blurred so that no single pixel decides."""
     return blurred(o.logits)
 
 
@@ -86,9 +91,9 @@ def highest(m: Tensor) -> Tensor:
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
 
-# Scores that need to know nothing of other images. `latent` is what the released code computes
-# for the paper's eq. 5, `latent_l1` what the paper prints there.
-SCORES = {
+# Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
+# paper prints `latent_l1`.
+PLAIN_SCORES = {
     "latent": lambda o: (o.z - o.z_hat).square().mean(1),
     "latent_l1": lambda o: (o.z - o.z_hat).abs().mean(1),
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
@@ -110,19 +115,22 @@ class Raw:
         return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
 
 
-def raw_of(o: Outputs, names) -> Raw:
-    """The scores of SCORES that `names` has, of one batch."""
-    scores = {name: score(o) for name, score in SCORES.items() if name in names}
+def raw_scores(o: Outputs, names) -> Raw:
+    """The PLAIN_SCORES of one batch whose name is in `names`."""
+    scores = {name: score(o) for name, score in PLAIN_SCORES.items() if name in names}
     return Raw(scores, (o.z - o.z_hat).double())
+
+
+# Statistics of normal images, and the scores that need them
 
 
 @dataclass
 class Statistics:
-    """What is known of normal images that were not trained on."""
+    """Fitted on normal images that were not trained on."""
 
     mean: Tensor  # (latent_dim,) float64, of z - z_hat
     precision: Tensor  # (latent_dim, latent_dim) float64, inverse Ledoit-Wolf covariance
-    parts: dict[str, tuple[float, float]]  # mean and deviation of the scores that have a map
+    parts: dict[str, tuple[float, float]]  # of each score in MAPS: mean, standard deviation
 
 
 @dataclass
@@ -137,16 +145,44 @@ def whitened(gaps: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
     return ((centred @ precision) * centred).mean(1).float()
 
 
+def calibrated(raw: Raw, known: Statistics) -> Tensor:
+    """Mean of the scores in MAPS, each standardised on normal images: (N,) float32."""
+    z_scores = [(raw.scores[name] - mean) / dev for name, (mean, dev) in known.parts.items()]
+    return torch.stack(z_scores).mean(0)
+
+
+FITTED_SCORES = {
+    "latent_whitened": lambda raw, known: whitened(raw.gaps, known.mean, known.precision),
+    "calibrated": calibrated,
+}
+SCORES = (*PLAIN_SCORES, *FITTED_SCORES)  # all names, in the order of tables
+
+
+def all_scores(raw: Raw, known: Statistics) -> dict[str, Tensor]:
+    """Every anomaly score: name -> (N,) float32."""
+    return {**raw.scores, **{name: score(raw, known) for name, score in FITTED_SCORES.items()}}
+
+
+def heat_map(o: Outputs, known: Statistics) -> Tensor:
+    """Anomaly of every pixel: (B, S, S), the mean of the MAPS on the scale of their scores.
+
+    0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
+    same for all images, so their heat maps can be compared.
+    """
+    parts = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in known.parts.items()]
+    return sum(parts) / len(parts)
+
+
 def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse Ledoit-Wolf covariance of z - z_hat (n, latent_dim)."""
-    from sklearn.covariance import LedoitWolf
+    from sklearn.covariance import LedoitWolf  # late: it is slow to import, predict does without
 
     fitted = LedoitWolf().fit(gaps.numpy())
     return torch.from_numpy(fitted.location_), torch.from_numpy(fitted.precision_)
 
 
 def fit(raw: Raw) -> Statistics:
-    """Of n normal images; a deviation is at least 1e-12."""
+    """Statistics of n normal images; a standard deviation is at least 1e-12."""
     parts = {name: raw.scores[name].double() for name in MAPS if name in raw.scores}
     return Statistics(
         *fit_whitening(raw.gaps),
@@ -154,36 +190,11 @@ def fit(raw: Raw) -> Statistics:
     )
 
 
-def all_scores(raw: Raw, known: Statistics) -> dict[str, Tensor]:
-    """Every anomaly score: name -> (N,) float32.
-
-    `calibrated` is the mean of residual, gradient and comparator, each in deviations from its mean
-    over normal images.
-    """
-    z_scores = [(raw.scores[name] - mean) / dev for name, (mean, dev) in known.parts.items()]
-    return {
-        **raw.scores,
-        "latent_whitened": whitened(raw.gaps, known.mean, known.precision),
-        "calibrated": torch.stack(z_scores).mean(0),
-    }
-
-
-def heat_map(o: Outputs, known: Statistics) -> Tensor:
-    """Anomaly of every pixel: (B, S, S).
-
-    The mean of the maps, each on the scale of its image-level score: 0 is what the most anomalous
-    pixels of a normal image have in the mean, 1 a deviation more. One scale for all images, so
-    that two of them compare.
-    """
-    parts = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in known.parts.items()]
-    return sum(parts) / len(parts)
-
-
 def calibrate(raw: Raw, seed: int) -> Calibration:
     """Statistics from all calibration images, scores from five folds.
 
-    Each image's scores use statistics of the other four fifths: fitted and thresholded on the same
-    few images, a nominal 5 % of false alarms becomes far more.
+    Each image is scored with statistics of the other four folds. Without folds, statistics and
+    threshold would come from the same few images, and there would be far more false alarms.
     """
     n = len(raw.gaps)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -195,13 +206,16 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     return Calibration(fit(raw), {name: s.sort().values for name, s in scores.items()})
 
 
+# Threshold and p-values: split conformal prediction
+
+
 def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
-    """A threshold, and the share of normal images above it in the mean over draws of the n.
+    """A threshold, and the expected share of normal images above it.
 
     normal: (n,) scores of normal images that neither training nor the statistics have seen. The
-    value of rank ceil((n + 1) quantile) has at most 1 - quantile above it (split conformal
-    prediction); with fewer than quantile / (1 - quantile) images there is no such rank, and the
-    largest score has 1 / (n + 1) above it.
+    threshold is the score of rank ceil((n + 1) quantile); at most 1 - quantile is expected above
+    it. With fewer than quantile / (1 - quantile) images there is no such rank: then it is the
+    largest score, and 1 / (n + 1) is expected above it.
     """
     n = len(normal)
     rank = rank_at(n, quantile)
@@ -216,9 +230,9 @@ def rank_at(n: int, quantile: float) -> int:
 def p_values(normal: Tensor, scores: Tensor) -> Tensor:
     """Share of normal images that score as high: (N,) float64, at least 1 / (n + 1).
 
-    normal: (n,) as in threshold_at. At most a share p of images as normal as those has a p-value of
-    at most p (conformal prediction). A score is above the threshold exactly where its p-value is at
-    most the share that threshold_at expects there.
+    normal: (n,) as in threshold_at. For any p, at most a share p of normal images has a p-value of
+    at most p. A score is above the threshold exactly where its p-value is at most the share that
+    threshold_at returns.
     """
-    below = torch.searchsorted(normal.sort().values, scores.contiguous())  # strictly
+    below = torch.searchsorted(normal.sort().values, scores.contiguous())  # strictly below
     return (1 + len(normal) - below).double() / (1 + len(normal))

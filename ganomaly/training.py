@@ -1,6 +1,6 @@
 """train(): the alternating updates of GANomaly as one linear function.
 
-Knows nothing of folders: `run` takes log records and checkpoints, and shows progress.
+It knows nothing of folders: `run` keeps log records and checkpoints, and shows progress.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,10 +24,9 @@ from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError, flag, lost_device, out_of_memory, reason_of
 from ganomaly.networks import build, initialise
 
-TICK = 50  # steps between log records; a tick waits for the device, the steps between do not
+TICK = 50  # steps between log records; only then does the host wait for the device
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
-NAMES = ("discriminator", "adversarial", "contextual", "encoder", "generator", "comparator")
-LR_COMPARATOR = 1e-3  # with Adam's usual betas; it plays against nobody
+LR_COMPARATOR = 1e-3  # with Adam's default betas, as the comparator has no adversary
 
 
 @dataclass
@@ -40,14 +40,15 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() gives a checkpoint to go on from or None, run.save(state) keeps one, before which
-    run.preview(step, networks, scale) looks at the networks and changes nothing; run.log(record)
-    takes the mean losses of a tick, run.progress is a tqdm, and run.skip(steps) moves it past what
-    was done before. UserError for a checkpoint of other images, code or device, and where a loss or
-    a weight is not finite; the last checkpoint stays.
+    run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes its number of
+    steps, run.log(record) the mean losses of a tick. run.preview(step, networks, scale) may look at
+    the networks before each run.save(state). run.progress is a tqdm.
+
+    UserError where the checkpoint is of other images, other code or another kind of device, and
+    where a loss or a weight is not finite. The last checkpoint stays.
     """
-    # Networks, optimisers, data: one random stream for initialisation and batches, and another for
-    # the comparator, which so leaves the generator as it would be without
+    # Networks, optimisers, data. One random stream serves initialisation and batches. The
+    # comparator has its own, so that the generator is the same with and without one
     rng, rng_c = (torch.Generator().manual_seed(config.seed) for _ in range(2))
     networks = build(config)
     for name, network in networks.items():
@@ -61,25 +62,25 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         if name != "discriminator"
     }
     adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
-    play = dict(lr=config.lr, betas=(config.beta1, 0.999))
+    settings = dict(lr=config.lr, betas=(config.beta1, 0.999))
     weights_g, weights_d = list(generator.parameters()), list(discriminator.parameters())
-    optimizer_g, optimizer_d = adam(weights_g, **play), adam(weights_d, **play)
+    optimizer_g, optimizer_d = adam(weights_g, **settings), adam(weights_d, **settings)
+    learning = {**networks, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    if comparator is not None:
+        optimizer_c = adam(comparator.parameters(), lr=LR_COMPARATOR)
+        learning["optimizer_c"] = optimizer_c
     amp = AMP[resolve_amp(config.amp, device)]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
     batches = Batches(to_device(images, device), config.batch_size, rng)
-    sums = torch.zeros(len(NAMES), device=device)  # of the losses since the last tick
-    step, seconds = 0, 0.0
-    learning = {**networks, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    if comparator is not None:
-        optimizer_c = adam(comparator.parameters(), lr=LR_COMPARATOR)
-        learning["optimizer_c"] = optimizer_c
     parts = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     parts |= {"scaler": scaler, "batches": batches}
     corruption, n = None, config.n_corrupted
     if n:
         parts["corruption"] = corruption = Corruption(batches.images, config, scale, device)
+    sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the last tick
+    step, seconds = 0, 0.0
 
     # Go on from a checkpoint, exactly
     if (state := run.load()) is not None:
@@ -91,9 +92,10 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             if state["device"] != device.type:
                 raise ValueError(f"made on {state['device']}, asked for on {device.type}")
             for name, part in parts.items():
-                if state[name]:  # empty: a scaler that was not needed
+                if state[name]:  # empty for a scaler that is off
                     part.load_state_dict(state[name])
-            sums.copy_(state["sums"])
+            for name, value in state["sums"].items():
+                sums[name].copy_(value)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             if out_of_memory(error) or lost_device(error):
                 raise
@@ -107,8 +109,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     averaged, latest = map(list, zip(*pairs))
 
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
-        # Forward pass: one serves both steps, so that D and G are each updated against the other's
-        # weights of before, as in the released code. BatchNorm statistics move once an image.
+        # One forward pass serves both steps: D and G are each updated against the other's weights
+        # of before, as in the released code. BatchNorm statistics move once an image
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)
@@ -119,15 +121,17 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         optimizer_d.zero_grad()
         scaler.scale(loss_d).backward(inputs=weights_d, retain_graph=True)
 
-        # G step: its gradient, which passes D without reaching D's weights
-        adversarial = losses.adversarial(f.detach(), f_hat)
-        contextual = losses.contextual(x, x_hat)
-        encoder = losses.encoder(z[n:], z_hat[n:])
-        loss_g = config.w_adv * adversarial + config.w_con * contextual + config.w_enc * encoder
+        # G step: its gradient, which passes through D but does not change it
+        terms = {  # name: weight, loss
+            "adversarial": (config.w_adv, losses.adversarial(f.detach(), f_hat)),
+            "contextual": (config.w_con, losses.contextual(x, x_hat)),
+            "encoder": (config.w_enc, losses.encoder(z[n:], z_hat[n:])),
+        }
+        loss_g = sum(weight * loss for weight, loss in terms.values())
         optimizer_g.zero_grad()
         scaler.scale(loss_g).backward(inputs=weights_g)
 
-        # Optimisers: both only now, as the graph of loss_g holds the weights that D had in the pass
+        # Optimisers: only now, as the gradient of loss_g needs D's weights of the forward pass
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
@@ -141,9 +145,13 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             scaler.scale(loss_c).backward()
             scaler.step(optimizer_c)
         scaler.update()
-        sums.add_(torch.stack([loss_d, adversarial, contextual, encoder, loss_g, loss_c]).detach())
 
-    # On a GPU, a recording of it, which is replayed
+        logged = {"discriminator": loss_d, **{name: loss for name, (_, loss) in terms.items()}}
+        logged |= {"generator": loss_g, "comparator": loss_c}
+        for name, loss in logged.items():
+            sums[name].add_(loss.detach())  # in place, as a CUDA graph needs it
+
+    # On a GPU the step is recorded once and then replayed
     update = one_step
     if replay.pays(config.steps - step, device, scaler):
         update = replay.Replayed(
@@ -152,23 +160,23 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     start = time.perf_counter()
     while step < config.steps:
-        # Images, some of them corrupted
+        # A batch, of which the first n images are corrupted; its order is random
         x = to_input(batches.next(), device, scale)  # (B, C, S, S)
         x_in, mask = x, x[:0, 0]
-        if corruption is not None:  # the first n; the batch is shuffled
+        if corruption is not None:
             corrupted, mask = corruption(x[:n])
             x_in = torch.cat([corrupted, x[n:]])
         update(x, x_in, mask)
 
-        # Running average; a short run is not scored on its initialisation
+        # Running average. Its decay starts small: else that of a short run is mostly first weights
         step += 1
         update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
 
-        # Log, and a stop where a number is not finite
+        # Log; stop where a number is not finite
         tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps
         if tick or save:
             since = (step - 1) % TICK + 1
-            means = dict(zip(NAMES, (sums / since).tolist()))
+            means = dict(zip(sums, (torch.stack([*sums.values()]) / since).tolist()))
             if not all(math.isfinite(value) for value in means.values()):
                 bad = ", ".join(f"{k} {v:g}" for k, v in means.items() if not math.isfinite(v))
                 raise UserError(
@@ -181,16 +189,14 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             speed = step * config.batch_size / elapsed
         if tick:
             run.log({"step": step, **means, "images_per_second": speed})
-            sums.zero_()
+            torch._foreach_zero_([*sums.values()])
         run.progress.update()
 
-        # Look at what is learnt so far; first, as a run that is killed behind it looks again
+        # Checkpoint. The preview comes first: a run that is killed between the two repeats it
         if save:
             run.preview(step, {**networks, **averages}, scale)
-
-            # Checkpoint
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"device": device.type, "images": fingerprint, "sums": sums}
+            state |= {"device": device.type, "images": fingerprint, "sums": dict(sums)}
             run.save({**state, "step": step, "seconds": elapsed})
             seconds, start = elapsed, time.perf_counter()
 
@@ -204,7 +210,7 @@ def update_average(average: list[Tensor], latest: list[Tensor], decay: float) ->
 
 
 def floats(*networks: nn.Module) -> list[tuple[Tensor, ...]]:
-    """The parameters and BatchNorm statistics of equal networks, detached, side by side."""
+    """A tuple for each parameter and BatchNorm statistic of equal networks, detached."""
     states = zip(*(network.state_dict().values() for network in networks))
     return [tensors for tensors in states if tensors[0].is_floating_point()]
 
@@ -216,7 +222,7 @@ def all_finite(*networks: nn.Module) -> bool:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """What `auto` stands for: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU."""
+    """Replaces auto: bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU."""
     if amp != "auto":
         return amp
     if device.type == "cuda":

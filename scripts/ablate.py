@@ -60,7 +60,7 @@ def main(argv=None) -> int:
     recipe = recipe.replace(amp=resolve_amp(recipe.amp, device))
     chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in (args.only or names)}
     if same := [name for name, config in chosen.items() if config == recipe and name != "base"]:
-        print(f"note: the recipe is without these as it is: {', '.join(same)}", file=sys.stderr)
+        print(f"note: left out, as it changes nothing: {', '.join(same)}", file=sys.stderr)
     jobs = {}
     for seed in args.seeds or [recipe.seed]:
         for name, config in chosen.items():
@@ -157,10 +157,11 @@ def page(runs: Runs) -> Page:
     return [
         "Ablations",
         f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
-        "difference to the base run of the same category and seed.",
+        "difference to the base run of the same category and seed. The last column is over "
+        "categories and seeds together.",
         "\n".join(sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()})),
         Table([*header, "difference, all"], rows),
-        "Every score of the same runs, difference to the base run over all sets:",
+        "Every score of the same runs, difference to the base run, over categories and seeds:",
         Table(["ablation", *scores], every),
     ]
 

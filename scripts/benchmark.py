@@ -35,10 +35,10 @@ def main(argv=None) -> int:
     folder = cli.experiment_folder(args, args.experiment or f"local/{recipe}")
     cli.note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
-        raise UserError("--force: each worker would train what another has just finished; one does")
+        raise UserError("--force: several workers would train each other's runs anew; use one")
 
     categories = cli.asked_categories(args) or data.categories_of(base, args.data_root)
-    missing = {}  # a dry run misses nothing that it would download
+    missing = {}  # in a dry run, images that would be downloaded are not missing
     if not (args.dry_run and args.download and base.dataset in ("mnist", "cifar10")):
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and (not args.skip_missing or len(missing) == len(categories)):
@@ -47,14 +47,15 @@ def main(argv=None) -> int:
         raise UserError(f"{message}; {others}. The first: {next(iter(missing.values()))}")
     jobs = {}
     for seed in args.seeds or [base.seed]:
-        for category in categories:
+        for category in (name for name in categories if name not in missing):
             config = base.replace(category=category, seed=seed)
-            if category not in missing:
-                name = data.category_name(config, args.data_root)
-                jobs[f"{name} seed {seed}"] = config, folder
+            jobs[f"{data.category_name(config, args.data_root)} seed {seed}"] = config, folder
     device = use_device(args.device, args.deterministic)
     setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
-    run = pipeline.run_of(config, folder, setting)  # raises where the folder has another recipe
+    first, _ = next(iter(jobs.values()))
+    run = pipeline.run_of(
+        first, folder, setting
+    )  # refused at once if the folder has another recipe
     if args.dry_run:
         print(run.config.replace(category=None).to_json() + "would:")
         return pipeline.plan_all(jobs, setting)

@@ -22,7 +22,7 @@ from ganomaly.batches import to_input
 from ganomaly.detector import Detector, load_detector, outputs_of
 from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, write_output
-from ganomaly.scoring import all_scores, heat_map, raw_of
+from ganomaly.scoring import all_scores, heat_map, raw_scores
 
 
 def main(argv=None) -> int:
@@ -70,7 +70,7 @@ class Program(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector, known = self.detector, self.detector.calibration.statistics
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
-        scores = all_scores(raw_of(o, detector.config.scores), known)[detector.config.score]
+        scores = all_scores(raw_scores(o, detector.config.scores), known)[detector.config.score]
         return scores, scores > detector.threshold, heat_map(o, known)
 
 

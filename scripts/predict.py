@@ -32,7 +32,7 @@ from ganomaly.images import SUFFIXES, decode, note_others, read_image, suffix_of
 from ganomaly.runs.pictures import SIDE, explained, png
 
 
-class Item(NamedTuple):  # of text: of a hundred thousand images, a Path each is most of the memory
+class Item(NamedTuple):  # of text: Path objects of 100,000 images would use most of the memory
     path: str
     name: str  # of its heat map: relative to the folder that was asked for
 

@@ -1,7 +1,8 @@
-"""Drawn images in MVTec's layout, a finished run, and the scripts' main() called in process."""
+"""Drawn images in MVTec's layout, train() in memory, a finished run, the scripts in process."""
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +37,53 @@ CHANGES = {
     "threads": 2, "seed": 1,
 }  # fmt: skip
 TINY_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+
+
+CPU = torch.device("cpu")
+
+
+def images(n: int, channels=3, size=32, seed=0) -> torch.Tensor:
+    """Noise, uint8 (n, channels, size, size)."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=rng)
+
+
+class Memory:
+    """What train() needs of a run: checkpoints, kept as bytes, and log records."""
+
+    def __init__(self, checkpoint: bytes | None = None):
+        self.checkpoint, self.saved, self.records = checkpoint, {}, []
+        self.progress = tqdm(disable=True)
+
+    def load(self):
+        content = self.checkpoint
+        return content and torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def save(self, state):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.saved[state["step"]] = buffer.getvalue()
+
+    def state(self, step: int) -> dict:
+        return torch.load(io.BytesIO(self.saved[step]), weights_only=True)
+
+    def log(self, record):
+        self.records.append(record)
+
+    def preview(self, step, networks, scale):
+        pass
+
+    def skip(self, steps):
+        self.skipped = steps
+
+
+def weights(trained) -> list[torch.Tensor]:
+    return [v for network in trained.networks.values() for v in network.state_dict().values()]
+
+
+def same(first, second) -> bool:
+    """Whether two Trained have equal weights, bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
 
 
 def draw(path: Path, rng: np.random.Generator, defective: bool = False, size: int = 40) -> None:

@@ -181,19 +181,16 @@ def apply_recipes(clone: Path) -> None:
 
 def discriminator('''
     edit(clone / "ganomaly/losses.py", ("def discriminator(", loss))
+    term = '            "edges": (config.w_edges, losses.edges(x, x_hat)),\n'
     edit(
         clone / "ganomaly/training.py",
-        ('"generator", "comparator")', '"generator", "comparator", "edges")'),
-        ("        optimizer_g.zero_grad()", "        edges = losses.edges(x, x_hat)\n"
-         "        loss_g = loss_g + config.w_edges * edges\n        optimizer_g.zero_grad()"),
-        ("encoder, loss_g, loss_c])", "encoder, loss_g, loss_c, edges])"),
+        ("        }\n        loss_g", term + "        }\n        loss_g"),
         ("contextual(x, x_hat)", "contextual(x, -x_hat if config.inverted else x_hat)"),
     )  # fmt: skip
     knobs = """    w_edges: float = knob(0.0, "weight of the loss of edges", low=0)
     inverted: bool = knob(False, "reconstruct the negative")
     amp: str"""
-    names = ('"latent_l1", ', '"latent_l1", "rim", ')
-    edit(clone / "ganomaly/config.py", ("    amp: str", knobs), names)
+    edit(clone / "ganomaly/config.py", ("    amp: str", knobs))
     values = ('"threads": 2,', '"threads": 2, "w_edges": 9.0, "inverted": True,')
     edit(clone / "tests/conftest.py", values)
     line = '    "rim": lambda o: (o.x - o.x_hat)[..., 0].abs().mean((1, 2)),\n'

@@ -33,7 +33,7 @@ def test_json_round_trip_is_exact():
 
 def test_the_paper_recipe_is_the_defaults_with_its_precision_fixed():
     recipe = configuration.load(ROOT / "experiments/paper/config.json")
-    assert recipe == Config(amp="bf16", checkpoint_every=250)  # a look more often, for its curves
+    assert recipe == Config(amp="bf16", checkpoint_every=250)  # more checkpoints, for its curves
 
 
 def test_every_committed_recipe_and_run_config_is_complete_and_loads():
@@ -55,17 +55,19 @@ def test_dataset_follows_from_the_category():
 
 @pytest.mark.parametrize("dataset", DATASET_DEFAULTS)
 def test_dataset_defaults_give_way_to_flags(dataset):
-    plain = parsed("--dataset", dataset)
-    for name, value in DATASET_DEFAULTS[dataset].items():
-        assert getattr(plain, name) == value
+    plain = vars(parsed("--dataset", dataset))
+    assert plain.items() >= DATASET_DEFAULTS[dataset].items()
     assert parsed("--dataset", dataset, "--image-size", "64").image_size == 64
 
 
-def test_flags_override_a_config_file(tmp_path):
+def test_flags_override_a_config_file_and_a_wrong_value_in_it_names_it(tmp_path):
     path = tmp_path / "saved.json"
     path.write_text(Config(category="bottle", steps=10, width=8).to_json())
     config = parsed("--config", str(path), "--steps", "20")
     assert (config.steps, config.width, config.category) == (20, 8, "bottle")
+    path.write_text('{"steps": "5"}')
+    with pytest.raises(UserError, match=r"saved\.json: steps"):
+        parsed("--config", str(path))
 
 
 def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
@@ -83,13 +85,6 @@ def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
     assert parsed("--config", str(path), "--dataset", "mvtec").image_size == 64
 
 
-def test_a_wrong_value_in_a_file_names_the_file(tmp_path):
-    path = tmp_path / "saved.json"
-    path.write_text('{"steps": "5"}')
-    with pytest.raises(UserError, match=r"saved\.json: steps"):
-        parsed("--config", str(path))
-
-
 def test_every_field_is_a_flag():
     for name, field in FIELDS.items():
         flag = "--" + name.replace("_", "-")
@@ -99,37 +94,29 @@ def test_every_field_is_a_flag():
         assert type(changed) is type(field.default) or name == "category"
 
 
-REFUSED = [
-    ("steps", -5, "at least 1"),
+REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 0, "at least 1"),
+    ("seed", -1, "at least 0"),
     ("steps", 1.5, "whole number"),
     ("steps", True, "whole number"),
     ("steps", "many", "whole number"),
+    ("steps", None, "whole number"),
     ("image_size", 48, "power of two"),
     ("image_size", 16, "at least 32"),
+    ("image_size", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
     ("lr", float("nan"), "more than 0"),
     ("lr", float("inf"), "more than 0"),
+    ("lr", 10**400, "more than 0"),
     ("lr", 0, "more than 0"),
-    ("lr", "fast", "number"),
     ("lr", [1], "number"),
-    ("beta1", 1.0, "less than 1"),
-    ("ema_decay", 1, "less than 1"),
-    ("w_con", -1, "at least 0"),
-    ("amp", "int8", "bf16"),
+    ("beta1", 1, "less than 1"),
     ("score", "best", "latent"),
-    ("dataset", "imagenet", "mvtec"),
     ("dataset", {"a": 1}, "mvtec"),
-    ("quantile", 1, "less than 1"),
-    ("calibration_fraction", 0, "more than 0"),
     ("category", "../x", "folder name"),
     ("category", "..", "folder name"),
     ("category", "", "folder name"),
     ("category", 3, "text"),
-    ("seed", -1, "at least 0"),
-    ("lr", 10**400, "more than 0"),
-    ("steps", None, "whole number"),
-    ("threads", 0, "at least 1"),
 ]
 
 
@@ -167,11 +154,6 @@ def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
     ]
 
 
-def test_weights_that_train_nothing_are_refused():
-    with pytest.raises(UserError, match="w_adv, w_con, w_enc"):
-        Config(w_adv=0, w_con=0, w_enc=0)
-
-
 @pytest.mark.parametrize("text", ["", "[1]", "{", "nan", "null", '{"stepz": 5}'])
 def test_what_is_not_a_config_is_refused_with_its_source(text):
     with pytest.raises(UserError, match=r"^saved\.json: "):
@@ -187,23 +169,18 @@ def test_an_unknown_key_or_flag_names_the_nearest():
         parsed("--step", "5")
 
 
-def test_scores_are_those_that_are_computed():
-    from ganomaly import scoring
-
-    assert SCORES == (*scoring.SCORES, "latent_whitened", "calibrated")
+def test_only_the_score_of_a_comparator_needs_one():
     assert set(SCORES) - set(Config().scores) == {"comparator"}
     assert Config(corrupted=0.5, comparator_width=1).scores == SCORES
 
 
-def test_a_comparator_needs_something_to_learn_from():
-    for corrupted in (0.0, 0.05):  # of 16 images a batch none is corrupted
-        with pytest.raises(UserError, match="comparator_width: 8 needs corrupted images"):
-            Config(comparator_width=8, corrupted=corrupted)
-    with pytest.raises(UserError, match="score: comparator needs"):
-        Config(score="comparator", corrupted=0.5)
+def test_knobs_that_do_not_fit_together_are_refused():
+    for values, words in (
+        (dict(w_adv=0, w_con=0, w_enc=0), "w_adv, w_con, w_enc"),
+        (dict(comparator_width=8), "comparator_width: 8 needs corrupted images"),
+        (dict(comparator_width=8, corrupted=0.05), "corrupted 0.05 of batch_size 16 is none"),
+        (dict(score="comparator", corrupted=0.5), "score: comparator needs"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Config(**values)
     assert [Config(corrupted=c).n_corrupted for c in (0.0, 0.5, 0.999)] == [0, 8, 15]
-
-
-def test_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().steps = 5

@@ -1,4 +1,4 @@
-import os
+import pickle
 import shutil
 import struct
 import warnings
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10
 
 from ganomaly import data, images
 from ganomaly.batches import Batches, fitted_scale, to_input
@@ -14,9 +16,7 @@ from ganomaly.config import Config, resolve
 from ganomaly.errors import UserError
 from ganomaly.images import read_image
 
-from .conftest import draw, draw_category
-
-CPU = torch.device("cpu")
+from .conftest import CPU, draw, draw_category
 
 
 def folder(category="parts", **values) -> Config:
@@ -50,37 +50,30 @@ def grey(mode: str) -> Image.Image:
     return Image.fromarray(ramp).convert(mode)
 
 
+def transparent() -> Image.Image:
+    """Black left and white right, a palette with transparency."""
+    image = grey("RGB").quantize(4)
+    image.info["transparency"] = bytes([255, 255, 128, 255])
+    return image
+
+
 MODES = [
     ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"),
     ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"),
-    ("RGBA", "webp"), ("L", "bmp"), ("L", "jpg"),
+    ("RGBA", "webp"), ("L", "bmp"), ("L", "jpg"), ("transparent", "png"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode, suffix", MODES)
 @pytest.mark.parametrize("channels", (1, 3))
-def test_every_mode_is_read_at_its_full_range(tmp_path, mode, suffix, channels):
+def test_every_mode_is_read_at_its_full_range_without_a_warning(tmp_path, mode, suffix, channels):
     path = tmp_path / f"image.{suffix}"
-    grey(mode).save(path)
+    (transparent() if mode == "transparent" else grey(mode)).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels = read_image(path, 32, channels)
     assert not isinstance(pixels, str), pixels
     assert pixels[:, :, :10].max() < 10 and pixels[:, :, -10:].min() > 245
-
-
-def test_32_bit_pixels_are_refused(tmp_path):
-    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(tmp_path / "a.tif")
-    assert "no known range" in read_image(tmp_path / "a.tif", 32, 1)
-
-
-def test_a_transparent_palette_is_read_without_a_warning(tmp_path):
-    image = Image.new("RGB", (40, 40), (10, 200, 30)).quantize(4)
-    image.save(tmp_path / "a.png", transparency=bytes([255, 0, 128, 255]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels = read_image(tmp_path / "a.png", 32, 3)
-    assert np.abs(pixels.mean((1, 2)) - [10, 200, 30]).max() < 3
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -106,34 +99,31 @@ def test_bad_images_are_all_listed_with_their_reason(tmp_path):
     whole = (good / "000.png").read_bytes()
     (root / "test" / "good" / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.ones((9, 9), np.float32)).save(good / "float.tif")
+    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(good / "wide.tif")
     with pytest.raises(UserError) as error:
         data.load(folder(), tmp_path)
     text = str(error.value)
-    assert text.startswith("4 images cannot be read") and "\n" not in text
+    assert text.startswith("5 images cannot be read") and "\n" not in text
     for part in ("text.png (not an image)", "zero.png (empty file)", "cut.png (", "float.tif ("):
         assert part in text
+    assert "wide.tif (32-bit pixels have no known range" in text
 
 
 # Folders
 
 
 def test_labels_come_from_the_name_good(tmp_path):
-    # `a_bar` sorts before `good`, `z_bar` behind it: neither order may decide.
+    # `a_bar` sorts before `good` and `z_bar` after it: no order may decide.
     draw_category(tmp_path / "parts", n_good=3, n_bad=2, defects=("a_bar", "z_bar"))
-    category = data.load(folder(), tmp_path)
-    assert category.test_labels.tolist() == [1, 1, 0, 0, 0, 1, 1]
-    assert category.test_defects == ["a_bar"] * 2 + ["good"] * 3 + ["z_bar"] * 2
-    assert category.test_paths == sorted(category.test_paths)
-    assert category.test_paths[2] == "test/good/000.png"
-
-
-def test_shapes_types_and_counts(parts):
     for channels in (1, 3):
-        category = data.load(folder(channels=channels), parts)
-        assert category.train.shape == (14, channels, 32, 32)
-        assert category.calibration.shape == (10, channels, 32, 32)
-        assert category.test.shape == (9, channels, 32, 32)
-        assert category.train.dtype == torch.uint8
+        c = data.load(folder(channels=channels), tmp_path)
+        for part, n in ((c.train, 14), (c.calibration, 10), (c.test, 7)):
+            assert part.shape == (n, channels, 32, 32) and part.dtype == torch.uint8
+    # One tensor: no part is a copy
+    assert len({p.untyped_storage().data_ptr() for p in (c.train, c.calibration, c.test)}) == 1
+    assert c.test_labels.tolist() == [1, 1, 0, 0, 0, 1, 1]
+    assert c.test_defects == ["a_bar"] * 2 + ["good"] * 3 + ["z_bar"] * 2
+    assert c.test_paths == sorted(c.test_paths) and c.test_paths[2] == "test/good/000.png"
 
 
 def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
@@ -157,55 +147,47 @@ def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
     assert len(held_out) == expected and len(kept) == n - expected
 
 
-def test_photographs_of_other_kinds_are_told(tmp_path, capsys):
-    root = draw_category(tmp_path / "parts")
-    for i in range(3):
-        (root / "train" / "good" / f"{i}.HEIC").write_text("x")
-    data.load(folder(), tmp_path)
-    assert "3 .heic; convert" in capsys.readouterr().err
-
-
 def test_images_are_known_by_their_content(tmp_path):
-    hashes = []
-    for seed in (0, 0, 1):
-        root = draw_category(tmp_path / f"{len(hashes)}" / "parts", seed=seed)
-        hashes.append(data.image_hashes(folder(), root.parent))
-    assert hashes[0] == hashes[1]
-    assert all(hashes[0][part] != hashes[2][part] for part in ("train_images", "test_images"))
+    def hashes(root="0"):
+        return data.image_hashes(folder(), tmp_path / root)
+
+    for root, seed in (("0", 0), ("again", 0), ("other", 1)):
+        draw_category(tmp_path / root / "parts", seed=seed)
+    before = hashes()
+    assert before == hashes("again")
+    assert all(before[part] != hashes("other")[part] for part in ("train_images", "test_images"))
     with pytest.raises(UserError, match="no folder"):
-        data.image_hashes(folder(), tmp_path / "nowhere")
+        hashes("nowhere")
     assert data.image_hashes(resolve({}), None) == {}
     # Uncompressed images have one size, whatever is on them
-    good = tmp_path / "0/parts/train/good"
+    bitmap = tmp_path / "0/parts/train/good/000.bmp"
+    trained = []
     for level in (60, 200):
-        Image.new("L", (40, 40), level).save(good / "000.bmp")
-        hashes.append(data.image_hashes(folder(), tmp_path / "0"))
-    assert hashes[3]["train_images"] != hashes[4]["train_images"]
-    assert hashes[3]["test_images"] == hashes[4]["test_images"] == hashes[0]["test_images"]
+        Image.new("L", (40, 40), level).save(bitmap)
+        trained.append(hashes()["train_images"])
+        assert hashes()["test_images"] == before["test_images"]
+    assert trained[0] != trained[1]
     # A mask belongs to the test images
     draw_mask(tmp_path / "0/parts", "000_mask.png", slice(0, 2))
-    masked = data.image_hashes(folder(), tmp_path / "0")
-    assert masked["train_images"] == hashes[4]["train_images"]
-    assert masked["test_images"] != hashes[4]["test_images"]
+    assert hashes()["train_images"] == trained[1]
+    assert hashes()["test_images"] != before["test_images"]
 
 
-def test_other_files_are_ignored(tmp_path):
+def test_other_files_are_ignored_and_other_photographs_are_told(tmp_path, capsys):
     root = draw_category(tmp_path / "parts")
-    (root / "train" / "good" / "Thumbs.db").write_text("x")
-    (root / "train" / "good" / "._000.png").write_text("x")
+    for name in ("Thumbs.db", "._000.png", "0.HEIC", "1.HEIC"):
+        (root / "train" / "good" / name).write_text("x")
     (root / "test" / "readme.txt").write_text("x")
     (root / "test" / "empty").mkdir()
-    draw_category(tmp_path / "more", n_train=0, n_good=0, defects=(".cache",))
-    (tmp_path / "more/test/.cache").rename(root / "test" / ".cache")
-    assert len(data.load(folder(), tmp_path).test_labels) == 9
+    shutil.copytree(root / "test" / "a_bar", root / "test" / ".cache")
+    category = data.load(folder(), tmp_path)
+    assert (len(category.train) + len(category.calibration), len(category.test)) == (24, 9)
+    assert "2 .heic; convert" in capsys.readouterr().err
 
 
-def test_without_a_category_the_root_is_the_category(parts):
+def test_the_root_may_be_the_category_and_test_images_may_be_absent(parts, tmp_path):
     category = data.load(folder(None), parts / "parts")
     assert category.name == "parts" and len(category.test) == 9
-
-
-def test_without_test_there_is_nothing_to_evaluate(tmp_path):
     draw_category(tmp_path / "parts", n_good=0, defects=())
     category = data.load(folder(), tmp_path)
     assert len(category.test) == len(category.test_labels) == 0
@@ -229,21 +211,20 @@ def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
 
 
 def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
-    with pytest.raises(UserError) as error:
-        data.load(resolve({"category": "bottle"}), tmp_path)
-    assert str(tmp_path / "bottle" / "train" / "good") in str(error.value)
-    assert "make download" in str(error.value) and "CC BY-NC-SA" in str(error.value)
-    with pytest.raises(UserError, match="categories there: parts"):
-        data.load(folder("prats"), parts)
-    with pytest.raises(UserError, match=f"one for --data-root {parts}$"):
-        data.load(folder(), parts.parent)
-    with pytest.raises(UserError, match="--dataset digits, mnist has it"):
-        data.load(resolve({"category": "3"}), tmp_path)
-    with pytest.raises(UserError, match="did you mean 'bottle'"):
-        data.load(resolve({"category": "botle"}), tmp_path)
-    for dataset, category in (("mnist", "3"), ("cifar10", "cat")):
-        with pytest.raises(UserError, match="--download .*fetches it"):
-            data.load(resolve({"dataset": dataset, "category": category}), tmp_path)
+    for values, root, words in (
+        (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*CC BY-NC-SA"),
+        (dict(category="bottle"), tmp_path, "make download"),
+        (dict(dataset="folder", category="prats"), parts, "categories there: parts"),
+        (dict(dataset="folder", category="parts"), parts.parent, f"for --data-root {parts}$"),
+        (dict(category="3"), tmp_path, "--dataset digits, mnist has it"),
+        (dict(category="botle"), tmp_path, "did you mean 'bottle'"),
+        (dict(dataset="mnist", category="3"), tmp_path, "--download .*fetches it"),
+        (dict(dataset="cifar10", category="cat"), tmp_path, "--download .*fetches it"),
+        (dict(dataset="cifar10"), tmp_path, "needs one of plane"),
+        (dict(dataset="cifar10", category="frogg"), tmp_path, "no 'frogg'; did you mean 'frog'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            data.load(resolve(values), root)
     assert not list(tmp_path.iterdir())
 
 
@@ -270,24 +251,18 @@ def test_advice_names_what_is_there(tmp_path, parts):
     assert data.categories_of(folder(None), tmp_path / "set") == ["bottle"]
 
 
-def test_a_category_that_a_dataset_lacks_is_refused(tmp_path):
-    with pytest.raises(UserError, match="needs one of plane"):
-        data.load(resolve({"dataset": "cifar10"}), tmp_path)
-    with pytest.raises(UserError, match="has no 'frogg'; did you mean 'frog'"):
-        data.load(resolve({"dataset": "cifar10", "category": "frogg"}), tmp_path)
-
-
 # One class out
 
 
 @pytest.mark.parametrize("category", ("0", "7"))
 def test_digits_follow_the_paper_protocol(category):
-    from sklearn.datasets import load_digits
-
     target = load_digits().target
     anomalies = int((target == int(category)).sum())
     normals = len(target) - anomalies
-    c = data.load(resolve({"dataset": "digits", "category": category}))
+    c, again, other = (
+        data.load(resolve({"dataset": "digits", "category": category, "seed": seed}))
+        for seed in (42, 42, 1)
+    )
     assert len(c.train) + len(c.calibration) == round(0.8 * normals)
     assert (c.test_labels == 0).sum() == normals - round(0.8 * normals)
     assert c.test_labels.sum() == anomalies  # every one is tested
@@ -295,23 +270,17 @@ def test_digits_follow_the_paper_protocol(category):
         assert (path.split("/")[0] == category) == label
     assert c.train.shape[1:] == (1, 32, 32)
     assert c.train.min() == 0 and c.train.max() == 255
+    assert c.test_paths == again.test_paths != other.test_paths
 
 
 def test_no_normal_image_is_in_two_parts():
-    images_of = [np.full((8, 8), i, np.uint8) for i in range(200)]
-    classes = np.arange(200) % 10
-    c = data.load_one_class_out(resolve({"category": "4", "dataset": "digits"}), images_of, classes)
+    all_images = [np.full((8, 8), i, np.uint8) for i in range(200)]
+    classes, config = np.arange(200) % 10, resolve({"category": "4", "dataset": "digits"})
+    c = data.load_one_class_out(config, all_images, classes)
     parts = [set(part.flatten(1)[:, 0].tolist()) for part in (c.train, c.calibration, c.test)]
     assert sum(map(len, parts)) == 200 and set.union(*parts) == set(range(200))
-    assert all(
-        label == (int(path.split("/")[1]) % 10 == 4)
-        for path, label in zip(c.test_paths, c.test_labels)
-    )
-
-
-def test_digits_split_depends_on_the_seed():
-    paths = [data.load(resolve({"seed": seed})).test_paths for seed in (1, 1, 2)]
-    assert paths[0] == paths[1] != paths[2]
+    for path, label in zip(c.test_paths, c.test_labels):
+        assert label == (int(path.split("/")[1]) % 10 == 4)
 
 
 def write_idx(path, array: np.ndarray) -> None:
@@ -337,10 +306,6 @@ def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
 
 
 def test_cifar10_is_read_by_torchvision_from_its_own_files(tmp_path, monkeypatch):
-    import pickle
-
-    from torchvision.datasets import CIFAR10
-
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     folder = tmp_path / "cifar-10-batches-py"
@@ -385,9 +350,7 @@ def test_batches_go_on_exactly_from_their_state():
 
 
 def test_to_input_spans_minus_one_to_one():
-    x = to_input(
-        torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1), torch.device("cpu")
-    )
+    x = to_input(torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1), CPU)
     assert x.flatten().tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
 
 
@@ -415,29 +378,20 @@ def draw_mask(parts, name: str, rows: slice, size: int = 64) -> None:
     Image.fromarray(mask).save(path)
 
 
-def test_masks_are_of_their_images_at_the_network_s_size(tmp_path):
-    parts = draw_category(tmp_path / "parts", n_bad=2)
-    draw_mask(parts, "000_mask.png", slice(0, 2))
-    draw_mask(parts, "001_mask.png", slice(20, 40))
-    category = data.load(folder(), tmp_path)
-    masks = category.test_masks
-    assert masks.shape == (6, 32, 32) and masks.dtype == torch.bool
-    rows = {
-        path: mask.any(1).nonzero().flatten().tolist()
-        for path, mask in zip(category.test_paths, masks)
-    }
-    assert rows["test/a_bar/000.png"] == [0]
-    assert rows["test/a_bar/001.png"] == list(range(10, 20))
-    assert rows["test/good/000.png"] == []
-
-
-def test_without_all_masks_there_are_none_and_a_note_says_so(tmp_path, capsys):
+def test_masks_are_of_their_images_at_the_network_s_size_or_there_are_none(tmp_path, capsys):
     parts = draw_category(tmp_path / "parts", n_bad=2)
     assert data.load(folder(), tmp_path).test_masks is None
     assert not capsys.readouterr().err
     draw_mask(parts, "000.png", slice(0, 2))
     assert data.load(folder(), tmp_path).test_masks is None
     assert "1 of 2 defective images have no mask" in capsys.readouterr().err
+    draw_mask(parts, "001_mask.png", slice(20, 40))
+    category = data.load(folder(), tmp_path)
+    masks = category.test_masks
+    assert masks.shape == (6, 32, 32) and masks.dtype == torch.bool
+    rows = [mask.any(1).nonzero().flatten().tolist() for mask in masks]
+    assert rows == [[0], list(range(10, 20)), [], [], [], []]
+    assert category.test_paths[:2] == ["test/a_bar/000.png", "test/a_bar/001.png"]
 
 
 # Photometric normalisation
@@ -454,7 +408,7 @@ def test_normalisation_removes_exposure_and_leaves_contrast(grey):
     assert expected.mean((1, 2, 3)).abs().max() < 1e-6
     relative = pixels[0] / pixels[0].double().mean() - 1
     assert torch.allclose(expected[0].double(), relative / 0.8, atol=1e-6)
-    # A veil of light is a loss of contrast, and is seen
+    # Added light lowers the contrast, which is not removed
     assert to_input(pixels + 100, CPU, 0.8).std() < 0.5 * expected.std()
 
 
@@ -513,57 +467,30 @@ def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
 
 def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypatch):
     monkeypatch.setattr(images, "decode", None)
-    config = folder(image_size=256)
     needed = (24 + 9) * 3 * 256 * 256
     monkeypatch.setattr(images, "free_memory", lambda: needed - 1)
-    with pytest.raises(UserError) as error:
-        data.load(config, parts)
-    told = "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; 32 of them fit, "
-    assert told + "--image-size 128" in str(error.value) and "--channels 1" in str(error.value)
+    words = (
+        "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; .*--image-size or --ch"
+    )
+    with pytest.raises(UserError, match=words):
+        data.load(folder(image_size=256), parts)
     monkeypatch.setattr(images, "free_memory", lambda: 33 * 32 * 32)
-    with pytest.raises(UserError, match="fit, --channels 1 a third$"):  # no size would do
-        data.load(config, parts)
     with pytest.raises(UserError, match="1797 images of 1 x 64 x 64 take"):
         data.load(resolve({"image_size": 64}), None)
     monkeypatch.setattr(images, "free_memory", lambda: needed)
     with pytest.raises(TypeError):  # it goes on to decode
-        data.load(config, parts)
+        data.load(folder(image_size=256), parts)
 
 
-def test_free_memory_is_what_the_system_says():
+def test_free_memory_is_what_the_system_and_the_container_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "GROUP", tmp_path)
     free = images.free_memory()
     if free is None:
         pytest.skip("this system does not say")
-    assert 10**7 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@pytest.mark.parametrize(
-    "line, place, limit, used",
-    [
-        ("0::/", "sys/fs/cgroup", "max", "current"),
-        ("0::/batch/job", "sys/fs/cgroup/batch", "max", "current"),
-        ("5:cpu,memory:/job", "sys/fs/cgroup/memory/job", "limit_in_bytes", "usage_in_bytes"),
-    ],
-)
-def test_a_containers_limit_is_seen_in_every_group_around(line, place, limit, used, tmp_path):
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    assert images.free_memory(tmp_path) == 8000 * 1024  # a kernel without groups
-    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset:/elsewhere\n{line}\n")
-    assert images.free_memory(tmp_path) == 8000 * 1024
-    group = tmp_path / place
-    group.mkdir(parents=True)
-    (group / f"memory.{limit}").write_text("5000000\n")
-    (group / f"memory.{used}").write_text("3000000\n")
-    stat = "active_file 100000\ninactive_file 200000\nworkingset_refault_file 7\n"
-    (group / "memory.stat").write_text(stat)
-    assert images.free_memory(tmp_path) == 5_000_000 - 3_000_000 + 300_000
-    (group / f"memory.{limit}").write_text("max\n")
-    assert images.free_memory(tmp_path) == 8000 * 1024
-
-
-def test_no_part_of_a_category_is_a_copy(parts):
-    c = data.load(folder(), parts)
-    assert (
-        len({part.untyped_storage().data_ptr() for part in (c.train, c.calibration, c.test)}) == 1
-    )
+    assert free > 10**7
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("active_file 100000\ninactive_file 200000\nother 7\n")
+    assert images.free_memory() == 5_000_000 - 3_000_000 + 300_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert images.free_memory() > 10**7

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ganomaly.runs import provenance
@@ -199,6 +200,19 @@ def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(script, 
         other.kill()
         other.wait()
         printed(script(last, *words))
+
+
+def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finished, tmp_path):
+    path, before = finished / "model.pt", numbers(finished)
+    whole = torch.load(path)
+    old = {name: s for name, s in whole["scores"].items() if name != "feature"}
+    torch.save({**whole, "scores": old}, path)
+    printed(script("predict", "--model", path, "--images", parts / "parts/test"))
+    out = printed(script("evaluate", *train_words(parts, tmp_path)))
+    assert "changed   nothing" in out and numbers(finished) == before
+    again = torch.load(path)["scores"]
+    assert again.keys() == whole["scores"].keys()
+    assert all(torch.equal(again[name], whole["scores"][name]) for name in old)
 
 
 def test_evaluate_rewrites_identical_numbers_and_more_images_others(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ganomaly.metrics import Histogram, auroc, brightness, controls, evaluate, f1_max
+from ganomaly.metrics import Histogram, auroc, brightness, controls, evaluate
 
 
 def drawn(seed: int, n: int = 60, levels: int = 7):
@@ -13,12 +13,10 @@ def drawn(seed: int, n: int = 60, levels: int = 7):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_figures_at_a_threshold_are_their_counts(seed):
+def test_figures_are_their_definitions(seed):
     labels, scores = drawn(seed)
     threshold = float(np.median(scores))
     ours, verdicts = evaluate(labels, scores, threshold), scores > threshold
-    assert ours["auroc"] == sk.roc_auc_score(labels, scores)
-    assert ours["average_precision"] == sk.average_precision_score(labels, scores)
     hits, alarms = (verdicts & (labels == 1)).sum(), (verdicts & (labels == 0)).sum()
     misses = (~verdicts & (labels == 1)).sum()
     assert ours["precision"] == pytest.approx(hits / (hits + alarms))
@@ -26,22 +24,11 @@ def test_figures_at_a_threshold_are_their_counts(seed):
     assert ours["f1"] == pytest.approx(2 * hits / (2 * hits + alarms + misses))
     assert ours["accuracy"] == pytest.approx(1 - (alarms + misses) / len(labels))
     assert ours["f1_trivial"] == pytest.approx(sk.f1_score(labels, np.ones_like(labels)))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_auroc_is_the_chance_that_a_defective_outscores_a_good_image(seed):
-    labels, scores = drawn(seed)
+    # AUROC is the chance that a defective image outscores a good one
     bad, good = scores[labels == 1][:, None], scores[labels == 0][None]
-    literal = ((bad > good) + 0.5 * (bad == good)).mean()
-    assert evaluate(labels, scores, 0.5)["auroc"] == pytest.approx(literal)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_f1_max_is_the_best_over_all_thresholds(seed):
-    labels, scores = drawn(seed)
+    assert ours["auroc"] == pytest.approx(((bad > good) + 0.5 * (bad == good)).mean())
     cuts = [sk.f1_score(labels, scores >= cut) for cut in np.unique(scores)]
-    assert f1_max(labels, scores) == pytest.approx(max(cuts))
-    assert f1_max(labels, scores) >= evaluate(labels, scores, 0.5)["f1_trivial"] - 1e-12
+    assert ours["f1_max"] == pytest.approx(max(cuts))
 
 
 @pytest.mark.parametrize("kind", ("apart", "level", "tiny", "far from zero", "ties", "infinite"))
@@ -65,26 +52,23 @@ def test_a_histogram_has_the_auroc_of_its_values(kind):
     assert histogram.counts.nbytes == 2**26
 
 
-def test_an_image_at_the_threshold_is_called_normal():
-    figures = evaluate(np.array([0, 1]), np.array([0.5, 0.6], np.float32), 0.5)
-    assert figures["accuracy"] == 1
+def test_an_image_at_the_threshold_is_normal_and_no_hit_is_an_f1_of_zero():
+    labels, scores = np.array([0, 1]), np.array([0.5, 0.6], np.float32)
+    assert evaluate(labels, scores, 0.5)["accuracy"] == 1
+    assert evaluate(labels, scores, 1.0)["f1"] == 0
 
 
-def test_nothing_called_defective_is_zero_not_a_warning():
-    assert evaluate(np.array([0, 1]), np.array([0.1, 0.2], np.float32), 1.0)["f1"] == 0
-
-
-def images(n, rng, brightness=100.0):
+def grey(n, rng, brightness=100.0):
     pixels = brightness + 20 * rng.standard_normal((n, 3, 8, 8))
     return pixels.clip(0, 255).astype(np.uint8)
 
 
 def test_brightness_control_shows_both_signs():
     rng = np.random.default_rng(0)
-    train, good = images(30, rng), images(10, rng)
+    train, good = grey(30, rng), grey(10, rng)
     labels = np.repeat([0, 1], 10)
     for shift, expected in ((60, 1.0), (-60, 0.0)):
-        test = np.concatenate([good, images(10, rng, 100 + shift)])
+        test = np.concatenate([good, grey(10, rng, 100 + shift)])
         assert controls(train, [test[:7], test[7:]], labels)["auroc_brightness"] == expected
 
 
@@ -117,7 +101,7 @@ def test_mean_distance_and_pca_controls_against_their_formulas():
 
 def test_controls_work_with_fewer_images_than_components():
     rng = np.random.default_rng(2)
-    out = controls(images(10, rng), [images(8, rng)], np.repeat([0, 1], 4))
+    out = controls(grey(10, rng), [grey(8, rng)], np.repeat([0, 1], 4))
     assert all(0 <= value <= 1 for value in out.values())
 
 

@@ -17,74 +17,69 @@ from ganomaly.networks import (
     initialise,
 )
 
-SIZES = list(itertools.product((32, 64, 128, 256), (1, 3)))
-LATENT, WIDTH = 7, 4
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+SIZES = [
+    Config(image_size=size, channels=channels, width=4, latent_dim=7)
+    for size, channels in itertools.product((32, 64, 128, 256), (1, 3))
+]
+sizes = pytest.mark.parametrize("config", SIZES, ids=lambda c: f"{c.image_size}x{c.channels}")
 
 
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def pyramid(image_size: int, channels: int, width: int) -> int:
-    """Weights of the encoder up to its 4x4 map: 4x4 kernels and BatchNorm pairs, by hand."""
-    levels = int(math.log2(image_size)) - 3
-    convolutions = 16 * channels * width + sum(16 * 2 * (width * 2**i) ** 2 for i in range(levels))
-    return convolutions + sum(2 * width * 2 ** (i + 1) for i in range(levels))
+def batch(config: Config) -> torch.Tensor:
+    return torch.rand(2, config.channels, config.image_size, config.image_size) * 2 - 1
 
 
-@pytest.mark.parametrize("image_size, channels", SIZES)
-def test_shapes_and_ranges(image_size, channels):
-    x = torch.rand(2, channels, image_size, image_size) * 2 - 1
-    z, x_hat, z_hat = Generator(image_size, channels, WIDTH, LATENT)(x)
-    assert z.shape == z_hat.shape == (2, LATENT)
+@sizes
+def test_shapes_and_ranges(config):
+    x = batch(config)
+    z, x_hat, z_hat = Generator(config)(x)
+    assert z.shape == z_hat.shape == (2, 7)
     assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
-    logit, features = Discriminator(image_size, channels, WIDTH)(x)
+    logit, features = Discriminator(config)(x)
     assert logit.shape == (2,)
-    assert features.shape == (2, WIDTH * image_size // 8, 4, 4)
+    assert features.shape == (2, 4 * config.image_size // 8, 4, 4)
 
 
-@pytest.mark.parametrize("image_size, channels", SIZES)
-def test_parameter_counts(image_size, channels):
-    last = WIDTH * image_size // 8
-    base = pyramid(image_size, channels, WIDTH)
-    encoder, decoder = (kind(image_size, channels, WIDTH, LATENT) for kind in (Encoder, Decoder))
-    assert parameters(encoder) == base + 16 * last * LATENT
-    assert parameters(Discriminator(image_size, channels, WIDTH)) == base + 16 * last
-    # The mirror has BatchNorm after its first layer too, and as the encoder none at the image.
-    batchnorms = sum(2 * c for c in channel_plan(image_size, WIDTH))
-    convolutions = parameters(encoder) - (batchnorms - 2 * WIDTH)
-    assert parameters(decoder) == convolutions + batchnorms
-    generator = Generator(image_size, channels, WIDTH, LATENT)
-    assert parameters(generator) == 2 * parameters(encoder) + parameters(decoder)
-
-
-@pytest.mark.parametrize("image_size, channels", SIZES)
+@sizes
 @pytest.mark.parametrize("extra_layers", (0, 2))
-def test_decoder_mirrors_encoder(image_size, channels, extra_layers):
-    def kernels(network, kind):
-        weights = [m.weight for m in network.modules() if isinstance(m, kind)]
-        return [tuple(w.shape) for w in weights]
+def test_decoder_mirrors_encoder(config, extra_layers):
+    def kernels(network):
+        return [tuple(m.weight.shape) for m in network.modules() if isinstance(m, CONVOLUTIONS)]
 
-    shape = (image_size, channels, WIDTH, LATENT, extra_layers)
-    both = (nn.Conv2d, nn.ConvTranspose2d)
-    down, up = kernels(Encoder(*shape), both), kernels(Decoder(*shape), both)
+    config = config.replace(extra_layers=extra_layers)
     # A transposed convolution's weight is (in, out, k, k), so its mirror has the same shape.
-    assert down == up[::-1]
+    assert kernels(Encoder(config)) == kernels(Decoder(config))[::-1]
 
 
-def test_known_size_of_the_paper_network():
+def test_known_sizes_of_the_paper_networks():
     # 64 px, 3 channels, width 64, latent 100: 4x4 kernels 3-64-128-256-512-100 and BatchNorm
-    encoder = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512 * 100) + 2 * (128 + 256 + 512)
-    assert parameters(Encoder(64, 3, 64, 100)) == encoder == 3_576_576
+    pyramid = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512)
+    encoder = pyramid + 16 * 512 * 100
+    assert parameters(Encoder(Config())) == encoder == 3_576_576
+    assert parameters(Discriminator(Config())) == pyramid + 16 * 512
+    # The decoder has BatchNorm at its 64 channels too
+    assert parameters(Generator(Config())) == 3 * encoder + 2 * 64
+
+
+def test_channels_double_up_to_256_pixels_and_no_further():
+    plans = {size: channel_plan(size, 3) for size in (32, 64, 128, 256)}
+    assert plans[32] == [3, 6, 12] and plans[256] == [3, 6, 12, 24, 48, 96]
+    assert channel_plan(512, 3) == [*plans[256], 96]
+    assert channel_plan(1024, 3) == [*plans[256], 96, 96]
 
 
 @pytest.mark.parametrize("extra_layers", (0, 1))
 def test_initialisation_is_applied_and_no_convolution_has_a_bias(extra_layers):
-    generator = Generator(64, 3, 32, 50, extra_layers)
-    for network in (generator, Discriminator(64, 3, 32, extra_layers)):
+    config = Config(width=32, latent_dim=50, extra_layers=extra_layers)
+    networks = build(config)
+    for network in networks.values():
         initialise(network, torch.Generator().manual_seed(0))
         for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            if isinstance(module, CONVOLUTIONS):
                 n = module.weight.numel()
                 assert module.bias is None
                 assert abs(module.weight.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * n)
@@ -92,32 +87,26 @@ def test_initialisation_is_applied_and_no_convolution_has_a_bias(extra_layers):
             if isinstance(module, nn.BatchNorm2d):
                 assert module.bias.abs().max() == 0
                 assert 0 < module.weight.std() < 0.04 and abs(module.weight.mean() - 1) < 0.02
-    first, second = generator.encoder1.head.weight, generator.encoder2.head.weight
-    assert not torch.equal(first, second)
+    generator = networks["generator"]
+    assert not torch.equal(generator.encoder1.head.weight, generator.encoder2.head.weight)
 
 
 def test_only_the_image_layers_and_heads_lack_batchnorm():
-    layers = list(Encoder(64, 3, 8, 10).features)
+    layers = list(Encoder(Config(width=8)).features)
     assert isinstance(layers[1], nn.LeakyReLU) and layers[1].negative_slope == 0.2
     assert [type(m) for m in layers[2:5]] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
-    layers = list(Decoder(64, 3, 8, 10).layers)
+    layers = list(Decoder(Config(width=8)).layers)
     assert [type(m) for m in layers[:3]] == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
     assert [type(m) for m in layers[-2:]] == [nn.ConvTranspose2d, nn.Tanh]
 
 
-@pytest.mark.parametrize("image_size", (0, 16, 48, 100))
-def test_other_sizes_are_refused(image_size):
-    with pytest.raises(ValueError, match="power of two"):
-        Encoder(image_size, 3, 4, 8)
-
-
-@pytest.mark.parametrize("image_size, channels", SIZES)
-def test_the_comparator_sees_both_images_at_every_pixel(image_size, channels):
-    network = Comparator(image_size, channels, WIDTH).eval()
+@sizes
+def test_the_comparator_sees_both_images_at_every_pixel(config):
+    network = Comparator(config.replace(corrupted=0.5, comparator_width=4)).eval()
     initialise(network, torch.Generator().manual_seed(0))
-    x, x_hat = torch.rand(2, 2, channels, image_size, image_size)
+    x, x_hat = batch(config), batch(config)
     logits = network(x, x_hat)
-    assert logits.shape == (2, image_size, image_size)
+    assert logits.shape == (2, config.image_size, config.image_size)
     corner = torch.zeros_like(x)
     corner[..., :4, :4] = 1
     for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
@@ -125,7 +114,7 @@ def test_the_comparator_sees_both_images_at_every_pixel(image_size, channels):
 
 
 def test_the_comparator_starts_with_he_s_convolutions():
-    network = Comparator(64, 3, 16)
+    network = Comparator(Config(corrupted=0.5, comparator_width=16))
     initialise(network, torch.Generator().manual_seed(0))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

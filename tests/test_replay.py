@@ -1,10 +1,8 @@
 """CUDA graphs without CUDA: a tape stands for the graph.
 
-It notes what a step asks of PyTorch's kernels and asks them again, on the same memory and without
-any of the step's Python, which is what a graph does.
+It records the calls of PyTorch's kernels in a step and repeats them on the same memory, without
+the step's Python. A CUDA graph does the same.
 """
-
-import io
 
 import pytest
 import torch
@@ -12,13 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ganomaly import replay
+from ganomaly.config import Config
+from ganomaly.device import use_device
 from ganomaly.training import train
 
-from .test_training import CPU, SMALL, Memory, images, same, weights
+from .conftest import CPU, TINY, Memory, images, same, weights
 
-LONG = SMALL.replace(steps=12, checkpoint_every=7)
+PIXELS = images(14)
+LONG = Config(**{**TINY, "steps": 12, "checkpoint_every": 7})
 FULL = LONG.replace(corrupted=0.5, comparator_width=4, normalise="exposure", amp="bf16")
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # of a host for a device
+# Kernels that make the host wait for the device
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique"}
 
 
 class Tape(TorchDispatchMode):
@@ -33,7 +35,7 @@ class Tape(TorchDispatchMode):
         return made
 
     @torch.no_grad()
-    def play(self):
+    def repeat(self):
         for function, args, kwargs, made in self.calls:
             for old, new in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
                 if isinstance(old, torch.Tensor) and old is not new:
@@ -42,14 +44,14 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Training records as on a GPU; the tapes that were made."""
+    """Makes training record as on a GPU; the list of its tapes."""
     made = []
 
     def record(step, inputs, stream):
         with Tape() as tape:
             step(*inputs)
         made.append(tape)
-        return tape.play
+        return tape.repeat
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(replay, "pays", lambda *_: True)
@@ -59,19 +61,17 @@ def tapes(monkeypatch):
 @pytest.mark.parametrize("config", (LONG, FULL, LONG.replace(batch_size=32)))
 def test_a_replayed_training_is_the_training(config, tapes, monkeypatch):
     memory, by_step = Memory(), Memory()
-    replayed = train(config, images(), CPU, memory)
+    replayed = train(config, PIXELS, CPU, memory)
     assert len(tapes) == 1
     with monkeypatch.context() as patch:
         patch.setattr(replay, "pays", lambda *_: False)
-        expected = train(config, images(), CPU, by_step)
+        expected = train(config, PIXELS, CPU, by_step)
     assert len(tapes) == 1
     assert same(replayed, expected)
-    sums = [
-        torch.load(io.BytesIO(m.saved[12]), weights_only=True)["sums"] for m in (memory, by_step)
-    ]
-    assert torch.equal(*sums)
-    # The one that went on from the middle records anew
-    assert same(expected, train(config, images(), CPU, Memory(memory.saved[7])))
+    sums = [m.state(12)["sums"] for m in (memory, by_step)]
+    assert sums[0] == sums[1]
+    # A training that goes on from a checkpoint records anew
+    assert same(expected, train(config, PIXELS, CPU, Memory(memory.saved[7])))
     assert len(tapes) == 2
 
 
@@ -79,13 +79,13 @@ def test_a_step_asks_its_host_for_nothing(tapes, monkeypatch):
     held = []
     real = replay.Replayed
     monkeypatch.setattr(replay, "Replayed", lambda *a: held.append(a[1]) or real(*a))
-    train(FULL, images(), CPU, Memory())
-    # What is compared is all on the device, and all that learns
+    train(FULL, PIXELS, CPU, Memory())
+    # The compared state holds only tensors of the device
     state = [leaf for leaf in tree_leaves(held[0]()) if isinstance(leaf, torch.Tensor)]
     assert all(t.is_floating_point() or t.numel() == 1 for t in state)
     names = {function.__name__.split(".")[0] for function, *_ in tapes[0].calls}
     assert {"convolution", "convolution_backward", "_fused_adam_"} <= names
-    assert not names & set(WAITS)
+    assert not names & WAITS
 
 
 def test_a_step_that_python_changes_is_not_replayed(tapes, capsys):
@@ -103,7 +103,7 @@ def test_a_step_that_python_changes_is_not_replayed(tapes, capsys):
 
 
 @pytest.mark.parametrize(
-    ("off", "deterministic", "used"),
+    "error, deterministic, used",
     [
         (0, False, True),
         (0, True, True),
@@ -112,11 +112,13 @@ def test_a_step_that_python_changes_is_not_replayed(tapes, capsys):
         (0.2, False, False),
     ],
 )
-def test_a_last_bit_is_allowed_only_where_sums_have_no_order(off, deterministic, used, monkeypatch):
+def test_rounding_is_allowed_only_where_sums_are_not_deterministic(
+    error, deterministic, used, monkeypatch
+):
     total = torch.zeros(1)
 
     def record(step, inputs, stream):
-        return lambda: total.add_(inputs[0] * (1 + off))
+        return lambda: total.add_(inputs[0] * (1 + error))
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
@@ -135,20 +137,21 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
             raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(replay, "record", refuses)
-    expected = train(LONG, images(), CPU, Memory())
+    expected = train(LONG, PIXELS, CPU, Memory())
     monkeypatch.setattr(replay, "pays", lambda *_: True)
-    assert same(expected, train(LONG, images(), CPU, Memory()))
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.endswith("not permitted when stream is capturing\n")
+    assert same(expected, train(LONG, PIXELS, CPU, Memory()))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.endswith("not permitted when stream is capturing\n")
 
 
 def test_recording_pays_on_a_gpu_in_a_long_run_without_a_scaler():
     cuda = torch.device("cuda", 0)
     off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
-    assert replay.pays(replay.LEAST, cuda, off)
-    assert not replay.pays(replay.LEAST, CPU, off)
-    assert not replay.pays(replay.LEAST - 1, cuda, off)
-    assert not replay.pays(replay.LEAST, cuda, on)
+    assert replay.pays(replay.MIN_STEPS, cuda, off)
+    assert not replay.pays(replay.MIN_STEPS, CPU, off)
+    assert not replay.pays(replay.MIN_STEPS - 1, cuda, off)
+    assert not replay.pays(replay.MIN_STEPS, cuda, on)
 
 
 @pytest.mark.cuda
@@ -156,22 +159,20 @@ def test_recording_pays_on_a_gpu_in_a_long_run_without_a_scaler():
 @pytest.mark.parametrize("amp", ("fp32", "bf16"))
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_a_cuda_graph_is_the_step(amp, deterministic, monkeypatch, capsys):
-    from ganomaly.device import use_device
-
     config, device = FULL.replace(amp=amp), use_device("cuda", deterministic)
     try:
         expected, start = (
-            train(config.replace(steps=n), images(), device, Memory()) for n in (config.steps, 3)
+            train(config.replace(steps=n), PIXELS, device, Memory()) for n in (config.steps, 3)
         )
         made, memory = [], Memory()
         real = replay.Replayed
-        monkeypatch.setattr(replay, "LEAST", 1)
+        monkeypatch.setattr(replay, "MIN_STEPS", 1)
         monkeypatch.setattr(replay, "Replayed", lambda *a: made.append(real(*a)) or made[-1])
-        replayed = train(config, images(), device, memory)
-        resumed = train(config, images(), device, Memory(memory.saved[7]))
+        replayed = train(config, PIXELS, device, memory)
+        resumed = train(config, PIXELS, device, Memory(memory.saved[7]))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(m.replay is not None for m in made) and len(made) == 2, capsys.readouterr().err
-    assert replay.way_off(*map(weights, (replayed, expected, start))) < replay.APART
+    assert replay.deviation(*map(weights, (replayed, expected, start))) < replay.ALLOWED
     if deterministic:
         assert same(replayed, expected) and same(resumed, expected)

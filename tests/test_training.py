@@ -4,61 +4,30 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ganomaly import training
 from ganomaly.config import Config
+from ganomaly.device import use_device
 from ganomaly.errors import UserError
-from ganomaly.networks import build, initialise
+from ganomaly.networks import Generator, build, initialise
 from ganomaly.training import AMP, floats, resolve_amp, train, update_average
 
-CPU = torch.device("cpu")
-SMALL = Config(
-    image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, checkpoint_every=3, amp="fp32"
-)
+from .conftest import CPU, TINY, Memory, images, same, weights
+
+SMALL = Config(**TINY, checkpoint_every=3)
+FULL = SMALL.replace(corrupted=0.5, comparator_width=4, normalise="exposure")
+PIXELS = images(14)
 
 
-class Memory:
-    """What train() needs of a run, kept in memory as bytes."""
-
-    def __init__(self, checkpoint: bytes | None = None):
-        self.checkpoint, self.saved, self.records = checkpoint, {}, []
-        self.progress = tqdm(disable=True)
-
-    def load(self):
-        content = self.checkpoint
-        return content and torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-    def save(self, state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.saved[state["step"]] = buffer.getvalue()
-
-    def log(self, record):
-        self.records.append(record)
-
-    def preview(self, step, networks, scale):
-        pass
-
-    def skip(self, steps):
-        self.skipped = steps
-
-
-def images(n=14, channels=3, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, channels, 32, 32), dtype=torch.uint8, generator=rng)
-
-
-def weights(trained):
-    return [v for network in trained.networks.values() for v in network.state_dict().values()]
-
-
-def same(first, second) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+def saved(state: dict) -> Memory:
+    """A run that goes on from a checkpoint of this state."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return Memory(buffer.getvalue())
 
 
 def literal(config: Config, pixels: torch.Tensor):
-    """The algorithm written out plainly: equations 1 to 4, nothing shared but the networks."""
+    """Equations 1 to 4 and both updates written out; only the networks are shared."""
     rng = torch.Generator().manual_seed(config.seed)
     g, d = build(config).values()
     initialise(g, rng)
@@ -67,10 +36,7 @@ def literal(config: Config, pixels: torch.Tensor):
     for network in (g, d):
         network.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
-    opt_g, opt_d = (
-        torch.optim.Adam(g.parameters(), **adam),
-        torch.optim.Adam(d.parameters(), **adam),
-    )
+    opt_g, opt_d = (torch.optim.Adam(network.parameters(), **adam) for network in (g, d))
     order: list[int] = []
     for step in range(1, config.steps + 1):
         while len(order) < config.batch_size:
@@ -78,8 +44,8 @@ def literal(config: Config, pixels: torch.Tensor):
         x = (pixels[order[: config.batch_size]].float() / 255 - 0.5) / 0.5
         order = order[config.batch_size :]
         z, x_hat, z_hat = g(x)
-        # Both gradients are of the weights before the step. BCE of a logit v against 1 is
-        # softplus(-v), against 0 softplus(v)
+        # Both gradients are at the weights before the step. The BCE of a logit v is softplus(-v)
+        # against 1 and softplus(v) against 0
         real, fake = d(x)[0], d(x_hat.detach())[0]
         loss_d = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
         f, f_hat = d(x)[1].detach(), d(x_hat)[1]
@@ -90,7 +56,7 @@ def literal(config: Config, pixels: torch.Tensor):
         )
         opt_g.zero_grad()
         loss_g.backward()
-        opt_d.zero_grad()  # of what passed through D to the generator
+        opt_d.zero_grad()  # loss_g has left gradients in D
         loss_d.backward()
         opt_g.step()
         opt_d.step()
@@ -104,151 +70,140 @@ def literal(config: Config, pixels: torch.Tensor):
 @pytest.mark.parametrize("ema_decay", (0.0, 0.2))
 def test_training_is_the_algorithm_written_out(ema_decay):
     config = SMALL.replace(ema_decay=ema_decay)
-    trained = train(config, images(), CPU, Memory())
-    _, d, average = literal(config, images())
+    trained = train(config, PIXELS, CPU, Memory())
+    _, d, average = literal(config, PIXELS)
     state = trained.networks["generator"].state_dict()
     pairs = [(state[name], average[name]) for name in average if average[name].is_floating_point()]
     pairs += [*zip(trained.networks["discriminator"].parameters(), d.parameters())]
-    apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
-    # A step moves a weight by about lr; here rounding alone tells the two apart.
-    assert apart.mean() < 0.002 * config.lr
+    difference = torch.cat([(a - b).abs().flatten() for a, b in pairs])
+    # A step moves a weight by about lr; only rounding may differ
+    assert difference.mean() < 0.002 * config.lr
 
 
 def test_same_seed_same_bits_and_other_seed_other_weights():
-    first, again = (train(SMALL, images(), CPU, Memory()) for _ in range(2))
+    first, again = (train(SMALL, PIXELS, CPU, Memory()) for _ in range(2))
     assert same(first, again)
-    assert not same(first, train(SMALL.replace(seed=1), images(), CPU, Memory()))
+    assert not same(first, train(SMALL.replace(seed=1), PIXELS, CPU, Memory()))
 
 
 def test_with_a_comparator_the_clean_image_is_what_is_asked_for(monkeypatch):
-    """Real, reconstruction's target and features are of the clean images; L_enc leaves out the
-    corrupted ones; the comparator sees what the generator saw, and gives it no gradient."""
+    """Losses compare with clean images, L_enc leaves out the corrupted ones, and the comparator
+    gives the generator no gradient."""
     config = SMALL.replace(corrupted=0.5, comparator_width=4, w_adv=0.0, w_enc=0.0, steps=1)
-    seen = {}
+    arguments, inputs = {}, []
 
     def spy(name):
         real = getattr(training.losses, name)
-        monkeypatch.setattr(training.losses, name, lambda *a: seen.setdefault(name, a) and real(*a))
+        monkeypatch.setattr(
+            training.losses, name, lambda *a: arguments.setdefault(name, a) and real(*a)
+        )
 
     for name in ("contextual", "encoder", "comparator"):
         spy(name)
-    inputs = []
-    forward = training.build(config)["generator"].__class__.forward
-    monkeypatch.setattr(
-        "ganomaly.networks.Generator.forward", lambda self, x: inputs.append(x) or forward(self, x)
-    )
-    pixels = images()
-    trained = train(config, pixels, CPU, Memory())
-    clean = {tuple(x.flatten().tolist()) for x in pixels / 127.5 - 1}
-    for target, given, corrupted in zip(seen["contextual"][0], inputs[0], (1, 1, 0, 0)):
+    forward = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda self, x: inputs.append(x) or forward(self, x))
+    trained = train(config, PIXELS, CPU, Memory())
+    clean = {tuple(x.flatten().tolist()) for x in PIXELS / 127.5 - 1}
+    for target, given, corrupted in zip(arguments["contextual"][0], inputs[0], (1, 1, 0, 0)):
         assert tuple(target.flatten().tolist()) in clean
         assert (not torch.equal(target, given)) == bool(corrupted)
-    assert len(seen["encoder"][0]) == 2
-    logits, mask = seen["comparator"]
+    assert len(arguments["encoder"][0]) == 2
+    logits, mask = arguments["comparator"]
     assert logits.shape == mask.shape == (4, 32, 32)
     assert mask[2:].sum() == 0 and mask[:2].sum() > 0
-    # The same generator as without a comparator: it only watches
-    alone = train(config.replace(comparator_width=0), pixels, CPU, Memory())
+    # Without a comparator the generator is the same
+    alone = train(config.replace(comparator_width=0), PIXELS, CPU, Memory())
     assert trained.networks.keys() - alone.networks.keys() == {"comparator"}
     pairs = zip(*(t.networks["generator"].state_dict().values() for t in (trained, alone)))
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
-def test_a_resumed_run_with_a_comparator_is_the_same_bit_for_bit(amp):
-    config = SMALL.replace(
-        amp=amp, corrupted=0.5, comparator_width=4, normalise="exposure", checkpoint_every=4
-    )
-    whole = Memory()
-    expected = train(config, images(), CPU, whole)
-    assert same(expected, train(config, images(), CPU, Memory(whole.saved[4])))
-
-
-@pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(amp):
-    config = SMALL.replace(amp=amp, steps=110, checkpoint_every=60)
-    whole = Memory()
-    expected = train(config, images(), CPU, whole)
+    whole, config = Memory(), FULL.replace(amp=amp, checkpoint_every=4)
+    expected = train(config, PIXELS, CPU, whole)
+    assert same(expected, train(config, PIXELS, CPU, Memory(whole.saved[4])))
+    whole, config = Memory(), SMALL.replace(amp=amp, steps=110, checkpoint_every=60)
+    expected = train(config, PIXELS, CPU, whole)
     assert sorted(whole.saved) == [60, 110]
     resumed = Memory(whole.saved[60])
-    assert same(expected, train(config, images(), CPU, resumed))
+    assert same(expected, train(config, PIXELS, CPU, resumed))
     assert resumed.skipped == 60
     # The losses logged at step 100 cover steps 51 to 100, ten of them before the checkpoint.
-    assert [r["step"] for r in resumed.records] == [100]
-    losses = [{k: r[k] for k in training.NAMES} for r in (resumed.records[0], whole.records[1])]
-    assert losses[0] == losses[1]
+    (record,) = resumed.records
+    names = "discriminator adversarial contextual encoder generator comparator".split()
+    assert record["step"] == 100 and record.keys() >= set(names)
+    assert all(record[name] == whole.records[1][name] for name in record if "second" not in name)
 
 
-def test_a_finished_checkpoint_is_not_trained_further():
+def test_the_generators_loss_is_the_weighted_sum_of_the_others():
+    memory = Memory()
+    train(SMALL.replace(steps=50, w_adv=2.0, w_con=3.0, w_enc=4.0), PIXELS, CPU, memory)
+    (r,) = memory.records
+    total = 2 * r["adversarial"] + 3 * r["contextual"] + 4 * r["encoder"]
+    assert r["generator"] == pytest.approx(total, rel=1e-5) and r["comparator"] == 0
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end_and_hold_all_that_goes_on():
+    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
+        memory = Memory()
+        trained = train(SMALL.replace(checkpoint_every=every, amp="fp16"), PIXELS, CPU, memory)
+        assert sorted(memory.saved) == expected
+    state = memory.state(6)
+    names = "generator discriminator average_generator optimizer_g optimizer_d scaler batches"
+    assert {*names.split(), "step", "seconds", "sums", "images"} < set(state)
+    assert "encoder1.features.3.running_var" in state["average_generator"]
+    # A finished one is not trained further
+    finished = SMALL.replace(amp="fp16")
+    assert same(trained, train(finished, PIXELS, CPU, Memory(memory.saved[6])))
+    assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
+
+
+def test_a_checkpoint_of_other_code_or_images_is_refused():
     whole = Memory()
-    expected = train(SMALL, images(), CPU, whole)
-    assert same(expected, train(SMALL, images(), CPU, Memory(whole.saved[6])))
-
-
-def test_a_checkpoint_of_other_code_is_refused():
-    whole = Memory()
-    train(SMALL, images(), CPU, whole)
-    state = torch.load(io.BytesIO(whole.saved[3]), weights_only=True)
+    train(SMALL, PIXELS, CPU, whole)
     changes = (
-        {"sums": torch.zeros(len(training.NAMES) + 1)},
+        {"sums": torch.zeros(7)},
         {"generator": {"a": torch.zeros(1)}},
         {"device": "cuda"},
     )
     for change in changes:
-        buffer = io.BytesIO()
-        torch.save({**state, **change}, buffer)
         with pytest.raises(UserError, match="of other code"):
-            train(SMALL, images(), CPU, Memory(buffer.getvalue()))
+            train(SMALL, PIXELS, CPU, saved({**whole.state(3), **change}))
+    with pytest.raises(UserError, match="training images changed"):
+        train(SMALL, images(14, seed=1), CPU, Memory(whole.saved[3]))
 
 
 def test_memory_that_does_not_suffice_for_a_checkpoint_is_not_blamed_on_it(monkeypatch):
     memory = Memory()
-    train(SMALL, images(), CPU, memory)
+    train(SMALL, PIXELS, CPU, memory)
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.optim.Adam, "load_state_dict", full)
     with pytest.raises(torch.OutOfMemoryError):
-        train(SMALL, images(), CPU, Memory(memory.saved[3]))
-
-
-def test_a_checkpoint_of_other_images_is_refused():
-    whole = Memory()
-    train(SMALL, images(), CPU, whole)
-    with pytest.raises(UserError, match="training images changed"):
-        train(SMALL, images(seed=1), CPU, Memory(whole.saved[3]))
+        train(SMALL, PIXELS, CPU, Memory(memory.saved[3]))
 
 
 def test_fp16_scales_both_losses_with_one_scaler(monkeypatch):
     """The CUDA path for real: autocast to fp16 with a GradScaler, here the CPU's."""
-    config = SMALL.replace(amp="fp16", steps=5)
-    made = []
-    real = torch.amp.GradScaler
+    calls, scalers = [], []
 
-    class Spy(real):
+    class Spy(torch.amp.GradScaler):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.calls = []
-            made.append(self)
+            scalers.append(self)
 
-        def scale(self, loss):
-            self.calls.append("scale")
-            return super().scale(loss)
-
-        def step(self, optimizer):
-            self.calls.append("step")
-            return super().step(optimizer)
-
-        def update(self):
-            self.calls.append("update")
-            return super().update()
+        def __getattribute__(self, name):
+            if name in ("scale", "step", "update"):
+                calls.append(name)
+            return super().__getattribute__(name)
 
     monkeypatch.setattr(torch.amp, "GradScaler", Spy)
-    trained = train(config, images(), CPU, Memory())
-    scaler = made[0]
-    assert scaler.is_enabled() and scaler.get_scale() >= 1
-    assert scaler.calls == ["scale", "scale", "step", "step", "update"] * config.steps
+    trained = train(SMALL.replace(amp="fp16", steps=5), PIXELS, CPU, Memory())
+    assert scalers[0].is_enabled() and scalers[0].get_scale() >= 1
+    assert calls == ["scale", "scale", "step", "step", "update"] * 5
     assert all(value.isfinite().all() for value in weights(trained))
 
 
@@ -257,7 +212,7 @@ def test_fp16_learns_what_fp32_learns():
     losses = []
     for amp in ("fp16", "fp32"):
         memory = Memory()
-        train(config.replace(amp=amp), images(), CPU, memory)
+        train(config.replace(amp=amp), PIXELS, CPU, memory)
         losses.append(memory.records[0]["contextual"])
     # The first steps of fp16 are skipped while the scale comes down from 65,536.
     assert losses[0] != losses[1]
@@ -280,10 +235,9 @@ def test_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch):
         steps.clear()
         infinite_at[0] = at
         memory = Memory()
-        trained = train(SMALL.replace(amp="fp16", steps=12), images(), CPU, memory)
+        trained = train(SMALL.replace(amp="fp16", steps=12), PIXELS, CPU, memory)
         assert all(value.isfinite().all() for value in weights(trained))
-        state = torch.load(io.BytesIO(memory.saved[12]), weights_only=True)
-        scales.append(state["scaler"]["scale"])
+        scales.append(memory.state(12)["scaler"]["scale"])
     assert scales[1] == scales[0] / 2
 
 
@@ -301,14 +255,14 @@ def test_average_follows_parameters_and_batchnorm_statistics():
 
 def test_without_decay_the_last_weights_are_scored_and_a_short_run_is_not_its_start():
     memory = Memory()
-    trained = train(SMALL.replace(ema_decay=0.0), images(), CPU, memory)
-    last = torch.load(io.BytesIO(memory.saved[6]), weights_only=True)["generator"]
+    trained = train(SMALL.replace(ema_decay=0.0), PIXELS, CPU, memory)
+    last = memory.state(6)["generator"]
     generator = trained.networks["generator"]
     for name, value in generator.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, last[name])
     # decay .999 for 6 steps would keep 99 % of the initialisation
-    slow = train(SMALL.replace(ema_decay=0.999), images(), CPU, Memory())
+    slow = train(SMALL.replace(ema_decay=0.999), PIXELS, CPU, Memory())
     start = build(SMALL)["generator"]
     initialise(start, torch.Generator().manual_seed(SMALL.seed))
     at = [
@@ -329,41 +283,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypat
     monkeypatch.setattr(training.losses, "encoder", poisoned)
     memory = Memory()
     with pytest.raises(UserError, match=r"not finite at step 6 .*--lr.*checkpoint is kept"):
-        train(SMALL, images(), CPU, memory)
+        train(SMALL, PIXELS, CPU, memory)
     assert sorted(memory.saved) == [3]
-
-
-def test_checkpoints_come_every_so_many_steps_and_at_the_end():
-    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
-        memory = Memory()
-        train(SMALL.replace(checkpoint_every=every), images(), CPU, memory)
-        assert sorted(memory.saved) == expected
-
-
-def test_a_checkpoint_holds_all_that_goes_on():
-    memory = Memory()
-    train(SMALL.replace(amp="fp16"), images(), CPU, memory)
-    state = torch.load(io.BytesIO(memory.saved[3]), weights_only=True)
-    assert {
-        "generator",
-        "discriminator",
-        "average_generator",
-        "optimizer_g",
-        "optimizer_d",
-        "scaler",
-    } < set(state)
-    assert {"batches", "step", "seconds", "sums", "images"} < set(state)
-    assert "encoder1.features.3.running_var" in state["average_generator"]
 
 
 def test_fewer_images_than_a_batch_train():
     trained = train(SMALL.replace(batch_size=32, steps=2), images(10), CPU, Memory())
     assert all(value.isfinite().all() for value in weights(trained))
-
-
-def test_speed_counts_the_images_of_all_steps():
-    trained = train(SMALL, images(), CPU, Memory())
-    assert trained.images_per_second == pytest.approx(6 * 4 / trained.seconds)
 
 
 def test_amp_auto_is_bf16_where_the_device_has_it(monkeypatch):
@@ -381,7 +307,7 @@ def test_weights_that_are_not_finite_are_not_kept(monkeypatch):
     monkeypatch.setattr(training, "update_average", lambda _, latest, __: latest[0].fill_(math.nan))
     memory = Memory()
     with pytest.raises(UserError, match="not finite"):
-        train(SMALL.replace(checkpoint_every=1), images(), CPU, memory)
+        train(SMALL.replace(checkpoint_every=1), PIXELS, CPU, memory)
     assert not memory.saved
 
 
@@ -389,13 +315,11 @@ def test_weights_that_are_not_finite_are_not_kept(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
 def test_cuda_trains_and_resumes(amp):
-    from ganomaly.device import use_device
-
     device = use_device("cuda", deterministic=True)
     try:
         config, memory = SMALL.replace(amp=amp, corrupted=0.5, comparator_width=4), Memory()
-        trained = train(config, images(), device, memory)
+        trained = train(config, PIXELS, device, memory)
         assert all(value.isfinite().all() for value in weights(trained))
-        assert same(trained, train(config, images(), device, Memory(memory.saved[3])))
+        assert same(trained, train(config, PIXELS, device, Memory(memory.saved[3])))
     finally:
         torch.use_deterministic_algorithms(False)

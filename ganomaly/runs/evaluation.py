@@ -20,10 +20,10 @@ from ganomaly.runs.results import FIGURES, LOOK_IMAGES
 from ganomaly.runs.run import Run
 from ganomaly.scoring import Outputs
 
-# Cap the images of one pass and those used for the PCA by memory; at least 82, of which every
-# second one suffices for 40 components.
+# Caps the images of one pass and those used for the PCA by memory. Never fewer than 82: every
+# second image must leave the 41 that a PCA of 40 components needs.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
-EXACT_PIXELS = 2**22  # more of them are counted in a histogram: scikit-learn takes 65 bytes of each
+EXACT_PIXELS = 2**22  # above it a histogram counts them: scikit-learn needs 65 bytes a pixel
 
 
 def test_scores(detector: Detector, category: Category) -> dict[str, Tensor]:

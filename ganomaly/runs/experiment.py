@@ -37,8 +37,8 @@ def check_recipe(experiment: Path, config: Config) -> None:
 def write_recipe(experiment: Path, config: Config, force: bool) -> None:
     """The first run of a named experiment leaves its config.json: seed 42, no category.
 
-    With `force` the recipe takes the place of another. Runs of that one stay, and the tables have
-    no means, until they are trained anew too.
+    With `force` it replaces another recipe. Runs of the old recipe stay. Until they are trained
+    anew, the tables show no means.
     """
     if experiment.name == SCRATCH:
         return

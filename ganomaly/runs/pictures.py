@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 SIDE = 256  # of each of the three pictures, pixels
-FULL = 5.0  # value of Detector.heat_maps that is shown in full; up to 0, normal, nothing is
+FULL = 5.0  # heat from here on has the full colour; heat of 0 or less, normal, is not drawn
 
 
 def explained(image: Tensor, x_hat: Tensor, heat: Tensor) -> Image.Image:
@@ -40,7 +40,7 @@ def square(pixels: Tensor) -> Tensor:
 
 
 def png(image: Image.Image) -> bytes:
-    """A third of the default's time, an eighth more bytes."""
+    """PNG bytes at compression 1: a third of the default's time, an eighth more bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
@@ -49,8 +49,8 @@ def png(image: Image.Image) -> bytes:
 def panel(x: Tensor, x_hat: Tensor) -> Tensor:
     """(3, H, W) in [0, 1]: a row of images, of reconstructions, of mean absolute differences.
 
-    x, x_hat: (B, C, S, S) in [-1, 1]; a grey pixel between them and around. torchvision's
-    make_grid, whose import takes longer than all pictures of a run.
+    x, x_hat: (B, C, S, S) in [-1, 1]; a grey pixel between them and around. The
+    layout of torchvision's make_grid, without its slow import.
     """
     difference = ((x - x_hat).abs().mean(1, keepdim=True) / 0.5).expand_as(x)
     images = torch.cat([(x + 1) / 2, (x_hat + 1) / 2, difference]).float().cpu().clamp(0, 1)

@@ -26,7 +26,7 @@ from ganomaly.runs.provenance import changed_code, provenance
 from ganomaly.runs.run import ANEW, Recorder, Run, skip
 from ganomaly.training import Trained, resolve_amp, train
 
-PAUSE = 2  # seconds, while other processes are at all that is left
+PAUSE = 2  # seconds to wait when other processes hold all remaining runs
 TRAINED, AGAIN, BEFORE = "trained", "evaluated again", "done before"  # what run_one did
 Jobs = dict[str, tuple[Config, Path]]  # a name -> a run's config and its experiment's folder
 
@@ -43,7 +43,10 @@ class Setting:
 
 
 def run_of(config: Config, folder: Path, setting: Setting) -> Run:
-    """The run of a config in an experiment's folder; UserError where that has another recipe."""
+    """The run of a config in an experiment's folder, its precision resolved for the device.
+
+    UserError if the experiment has another recipe, unless the run is trained anew.
+    """
     config = config.replace(amp=resolve_amp(config.amp, setting.device))
     if not setting.force:
         experiment.check_recipe(folder, config)
@@ -140,7 +143,7 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
 def train_in_memory(
     config: Config, category: Category, device: torch.device, recorder: Recorder
 ) -> Trained:
-    """train(); where memory does not suffice, a UserError that says what takes half."""
+    """train(). If memory runs out, UserError with a setting that needs about half."""
     try:
         return train(config, category.train, device, recorder)
     except Exception as error:
@@ -174,6 +177,10 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     hashes = data.image_hashes(config, setting.data_root)
     check_train_images(before, hashes, config, setting.data_root)
     category = data.load(config, setting.data_root, setting.download)
+    # Scores that are newer than the model, or of another formula now, are calibrated again
+    if detector.missing_scores or changed_code(before["provenance"].get("code")):
+        detector.calibrate(category.calibration)
+        write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
     scores = evaluation.test_scores(detector, category)

@@ -16,7 +16,7 @@ import torch
 
 from ganomaly.config import ROOT, Config
 
-# Of ganomaly/ these change no number of a run: the values of config.py are in its config.json
+# A change of these modules is not a change of code: a run's values are compared by its config.json
 NOT_COMPUTING = ("__init__.py", "cli.py", "config.py", "errors.py", "files.py")
 
 
@@ -53,14 +53,21 @@ def cpu_name() -> str:
 
 @functools.cache
 def code() -> dict[str, str]:
-    """A hash of every module that computes, as it was when first asked; comments don't count."""
+    """A hash of every module that computes, as it was when first asked.
+
+    Comments and docstrings don't count.
+    """
     here = Path(__file__).parent
     paths = [path for path in here.parent.glob("*.py") if path.name not in NOT_COMPUTING]
-    trees = {
-        path.name: ast.dump(ast.parse(path.read_text(encoding="utf-8")))
-        for path in sorted([*paths, here / "evaluation.py"])
-    }
-    return {name: hashlib.sha256(tree.encode()).hexdigest()[:8] for name, tree in trees.items()}
+    hashes = {}
+    for path in sorted([*paths, here / "evaluation.py"]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+        hashes[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+    return hashes
 
 
 def changed_code(before: dict | None) -> str:

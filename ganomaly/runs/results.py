@@ -100,8 +100,8 @@ def score_columns(rows: list[dict]) -> list[str]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean per seed over the evaluated categories, with and without screw.
 
-    `Mean` is over a data set's whole list of categories. Where some of them are missing, or others
-    stand beside them, `Mean of k` is over all.
+    `Mean` is over a data set's whole list of categories. If some are missing, or if there are more
+    than those, `Mean of k` is over the k that are there.
     """
     means = []
     evaluated = [row for row in rows if row["auroc"] is not None]

@@ -68,7 +68,7 @@ class Run:
         """UserError where the folder holds a run of another config, or where its config is gone."""
         if self.path("config.json").is_file():
             self.compare(configuration.load(self.path("config.json")))
-        elif self.finished:  # a checkpoint has a copy
+        elif self.finished:  # an unfinished run's checkpoint holds its config too
             message = f"{self.path('config.json')} is gone"
             raise UserError(f"{message}; {flag('--force')} trains this run anew")
 
@@ -78,9 +78,10 @@ class Run:
             raise UserError(f"{message}; {ANEW}")
 
     def begin(self, anew: bool) -> None:
-        """Make the folder ready. Nothing of an older run stays where `anew`.
+        """Make the folder ready. With `anew`, nothing of an older run stays.
 
-        Without it goes what would make the run look finished: git keeps metrics.json, no model.pt.
+        Else only the files that make a run look finished are deleted: a clone has metrics.json
+        without model.pt.
         """
         for pattern in FILES if anew else FILES[:3]:
             for path in self.folder.glob(pattern):
@@ -117,7 +118,7 @@ def read_metrics(path: Path) -> dict:
         numbers = [metrics[key] for key in needed] + [v for v in figures if v is not None]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a figure is not finite")
-        operator.index(metrics["seed"])  # raises for what is no whole number, join for no text
+        operator.index(metrics["seed"])  # raises if it is no whole number; join, if one is no text
         "".join([*(metrics[key] for key in TEXTS), metrics["provenance"].get("date", "")])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -225,7 +226,7 @@ class Recorder:
 
 
 def skip(bar: tqdm, steps: int) -> None:
-    """Move a bar past steps that were done before: they are no part of its speed."""
+    """Move a progress bar past steps that were done before, without counting them as speed."""
     if not bar.disable:
         bar.initial += steps
         bar.n += steps
