@@ -33,7 +33,9 @@ def locked(folder: Path, wait: bool = False, tidy: bool = False):
     stays: on network file systems its removal is an error to processes that wait for it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with naming(folder / LOCK), open_locked(folder, wait) as file:
+    with naming(folder / LOCK):
+        file = open_locked(folder, wait)
+    with file:
         try:
             yield
         finally:
