@@ -53,9 +53,7 @@ def main(argv=None) -> int:
     device = use_device(args.device, args.deterministic)
     setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
     first, _ = next(iter(jobs.values()))
-    run = pipeline.run_of(
-        first, folder, setting
-    )  # refused at once if the folder has another recipe
+    run = pipeline.run_of(first, folder, setting)  # refuses at once a folder of another recipe
     if args.dry_run:
         print(run.config.replace(category=None).to_json() + "would:")
         return pipeline.plan_all(jobs, setting)

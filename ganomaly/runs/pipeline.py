@@ -111,9 +111,8 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
     category = data.load(config, setting.data_root, setting.download)
     experiment.write_recipe(run.experiment, config, setting.force)
     run.begin(anew=setting.force)
-    own_bar = tqdm(
-        total=config.steps, desc=run.name, unit="step", disable=True if shared_bar else None
-    )
+    hidden = None if shared_bar is None else True  # None: shown on a terminal only
+    own_bar = tqdm(total=config.steps, desc=run.name, unit="step", disable=hidden)
     look = partial(evaluation.look, config, category, device)
     recorder = Recorder(run, look, own_bar if shared_bar is None else shared_bar)
     try:
@@ -234,7 +233,8 @@ def run_all(
             bar.set_description(f"{len(jobs) - len(waiting)}/{len(jobs)} {name}")
             try:
                 metrics, outcome = run_one(config, folder, setting, bar)
-                experiment.write_results(folder, setting.recipe)
+                if outcome != BEFORE:  # else each of n finished runs would read all n again
+                    experiment.write_results(folder, setting.recipe)
                 line = line_of(metrics)
                 bar.write(f"{name}: {line}" + (f" ({outcome})" if outcome != TRAINED else ""))
                 finished[name] = metrics
@@ -258,6 +258,8 @@ def run_all(
             done += config.steps  # also of a run that stopped half way
             bar.n = bar.last_print_n = done
             bar.refresh()
+    for folder in {jobs[name][1] for name in finished}:
+        experiment.write_results(folder, setting.recipe)
     if outcomes and set(outcomes) == {BEFORE} and not failed:
         print(f"all {len(outcomes)} runs were done before; {flag('--force')} trains them anew")
     for name, reason in failed.items():
