@@ -6,15 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from ganomaly.config import (
     DATASET_DEFAULTS,
+    EXPERIMENTS,
     FIELDS,
-    ROOT,
     Config,
     allowed,
     checked,
@@ -31,7 +30,7 @@ if missing := [m for m in "numpy PIL sklearn tensorboard torch tqdm".split() if 
     print(f"error: not installed: {', '.join(missing)}; {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
-EXPERIMENTS = ROOT / "experiments"  # where runs go
+RUNS = EXPERIMENTS  # where runs go without --experiments-dir
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +111,7 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch mnist or cifar10 if missing")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument(
-        "--experiments-dir", type=Path, default=Path(os.path.relpath(EXPERIMENTS)),
+        "--experiments-dir", type=Path, default=Path(os.path.relpath(RUNS)),
         metavar="DIR", help="folder of the experiments [experiments]",
     )  # fmt: skip
 
@@ -166,7 +165,7 @@ def recipe_name(args: argparse.Namespace) -> str:
 def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
     """The values of --config, else of the recipe, with the flags' over them."""
     if args.config is None and args.recipe is not None:
-        args.config = ROOT / "experiments" / args.recipe / "config.json"
+        args.config = EXPERIMENTS / args.recipe / "config.json"
         if not is_name(args.recipe) or not args.config.is_file():
             hint = nearest(args.recipe, recipes()).replace("known:", "there:")
             raise UserError(f"--recipe {args.recipe}: no such recipe; {hint}")
@@ -174,15 +173,8 @@ def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
 
 
 def recipes() -> list[str]:
-    """The names of the recipes that git keeps; without git of all experiments."""
-    here = ROOT / "experiments"
-    words = ["git", "ls-files", "*/config.json"]
-    try:
-        listed = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
-        paths = [Path(line) for line in listed.stdout.splitlines()]
-    except (OSError, subprocess.CalledProcessError):
-        paths = [path.relative_to(here) for path in here.glob("*/config.json")]
-    return sorted(str(path.parent) for path in paths if len(path.parts) == 2)
+    """The names of the recipes in experiments/."""
+    return sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
 
 
 def note_unused_root(config: Config, args: argparse.Namespace) -> None:

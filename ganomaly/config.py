@@ -17,6 +17,7 @@ from ganomaly.errors import UserError
 from ganomaly.scoring import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent  # the clone
+EXPERIMENTS = ROOT / "experiments"  # the recipes, and the tables that git keeps
 FOLDERS = ("mvtec", "folder")  # image files in folders; the categories of mvtec have fixed names
 DATASETS = ("digits", "mnist", "cifar10", *FOLDERS)
 
@@ -89,8 +90,8 @@ class Config:
                 f"comparator_width: {self.comparator_width} needs corrupted images to learn from; "
                 f"corrupted {self.corrupted} of batch_size {self.batch_size} is none"
             )
-        if self.score == "comparator" and not self.comparator_width:
-            raise UserError("score: comparator needs a comparator_width of more than 0")
+        if self.score not in self.scores:
+            raise UserError(f"score: {self.score} needs a comparator_width of more than 0")
         if self.category is not None and not is_name(self.category):
             raise UserError(f"category: {self.category!r} is not a plain folder name")
 

@@ -303,7 +303,7 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
-        with locked(root, wait=True, tidy=True) if download else contextlib.nullcontext():
+        with locked(root, wait=True) if download else contextlib.nullcontext():
             parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
         # Not there, damaged or offline

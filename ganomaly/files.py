@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -17,7 +16,6 @@ import torch
 from ganomaly.errors import UserError, out_of_memory
 
 LOCK = ".lock"  # a file of its own: network file systems lock no folders
-TRIES = 1000  # to open a lock that other processes remove meanwhile
 
 
 class Busy(UserError):
@@ -25,45 +23,22 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False, tidy: bool = False):
-    """Hold the folder's lock; it ends with the process, even a killed one.
+def locked(folder: Path, wait: bool = False):
+    """Hold the folder's lock, which ends with the process, even a killed one.
 
-    Raises Busy at once where another process has it, unless `wait`. A folder made here is removed
-    where nothing but the lock came into it. `tidy` removes the lock's file in any case. Else it
-    stays: on network file systems its removal is an error to processes that wait for it.
+    Raises Busy at once where another process has it, unless `wait`. The lock's file stays: its
+    removal would be an error to processes that wait for it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with naming(folder / LOCK):
-        file = open_locked(folder, wait)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")
     with file:
         try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # another process has put something there
-                if tidy or (made and os.listdir(folder) == [LOCK]):
-                    os.unlink(file.name)
-                    for path in made:
-                        path.rmdir()
-
-
-def open_locked(folder: Path, wait: bool):
-    """The lock's file, locked. Raises as locked() does."""
-    tries = TRIES
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / LOCK, "a")
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-            file.close()  # it was removed meanwhile, and another process may lock a new one
+            with naming(folder / LOCK):
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            file.close()
             raise Busy(f"{folder}: another process is at work on this run") from None
-        except OSError as error:
-            tries -= 1
-            if not tries or error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+        yield
 
 
 @contextlib.contextmanager

@@ -217,14 +217,18 @@ def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
     it. With fewer than quantile / (1 - quantile) images there is no such rank: then it is the
     largest score, and 1 / (n + 1) is expected above it.
     """
-    n = len(normal)
-    rank = rank_at(n, quantile)
-    return float(normal.sort().values[rank - 1]), 1 - rank / (n + 1)
+    rank = rank_at(len(normal), quantile)
+    return float(normal.sort().values[rank - 1]), share_above(len(normal), quantile)
 
 
 def rank_at(n: int, quantile: float) -> int:
     # Rounded first: (19 + 1) * .95 is 19.000000000000004 in floating point.
     return max(1, min(n, math.ceil(round((n + 1) * quantile, 9))))
+
+
+def share_above(n: int, quantile: float) -> float:
+    """The share of normal images that is expected above the threshold of n images."""
+    return 1 - rank_at(n, quantile) / (n + 1)
 
 
 def p_values(normal: Tensor, scores: Tensor) -> Tensor:

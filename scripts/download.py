@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     if not hasattr(tarfile, "data_filter"):
         raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
     print(f"{LICENCE}; 4.9 GB to download, 5 GB unpacked", file=sys.stderr)
-    with locked(root, tidy=True):
+    with locked(root):
         local = not args.url.startswith(("http://", "https://"))
         archive = root / ".mvtec_anomaly_detection.tar.xz"
         if local and not (archive := Path(args.url.removeprefix("file://"))).is_file():

@@ -32,12 +32,12 @@ def main(argv=None) -> int:
 
     root = data.data_root_of(asked.dataset, args.data_root)
     run = Run(folder, data.category_name(asked, root), asked)
-    with locked(run.folder):  # before it is read: another process may be training it anew
-        if not run.finished:
-            raise UserError(
-                f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
-                "metrics.json; train it into this experiment first"
-            )
+    if not run.finished:
+        raise UserError(
+            f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
+            "metrics.json; train it into this experiment first"
+        )
+    with locked(run.folder):  # another process may be training it anew
         config = configuration.load(run.path("config.json"))
         for name, value in given.items():
             if value not in (None, "auto") and value != getattr(config, name):

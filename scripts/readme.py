@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli
-from ganomaly.config import ROOT
+from ganomaly.config import EXPERIMENTS, ROOT
 from ganomaly.errors import guard
 from ganomaly.files import write_atomic
 from ganomaly.runs.published import PUBLISHED
@@ -39,7 +39,7 @@ def table() -> str:
     """A row a set: mean ± deviation over seeds of each recipe and of its PCA; others' figures."""
     rows = {}
     for name in RECIPES:
-        with open(ROOT / "experiments" / name / "results.csv", encoding="utf-8") as file:
+        with open(EXPERIMENTS / name / "results.csv", encoding="utf-8") as file:
             rows[name] = [row for row in csv.DictReader(file) if row["cpu"]]  # not the means
     lines = []
     for category in sorted({row["category"] for row in rows[RECIPES[0]]}):

@@ -17,6 +17,7 @@ from ganomaly.errors import flag, guard
 from ganomaly.runs import pipeline
 from ganomaly.runs.experiment import write_results
 from ganomaly.runs.results import summary
+from ganomaly.runs.run import run_folder
 
 
 def main(argv=None) -> int:
@@ -44,7 +45,7 @@ def main(argv=None) -> int:
     elif outcome == pipeline.AGAIN:
         print("trained already; its test images changed, so it was evaluated again")
     print(summary(metrics, config.quantile))
-    print(f"  written   {folder / metrics['category'] / f'seed{config.seed}'}")
+    print(f"  written   {run_folder(folder, metrics['category'], config.seed)}")
     return 0
 
 

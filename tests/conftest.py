@@ -221,7 +221,7 @@ def script(capsys, monkeypatch, tmp_path):
 
     No script sees or writes the user's own experiments.
     """
-    monkeypatch.setattr(cli, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(cli, "RUNS", tmp_path / "experiments")
 
     def call(name: str, *words) -> tuple[int, str, str]:
         module = load_script(name)

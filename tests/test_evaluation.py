@@ -6,7 +6,7 @@ import torch
 from ganomaly.runs import evaluation
 
 
-def test_pixels_in_a_histogram_have_the_auroc_that_scikit_learn_gives_them(monkeypatch):
+def test_counted_pixels_have_the_auroc_of_all_pixels(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     masks = torch.rand(20, 32, 32, generator=rng) < 0.02
     heat = torch.randn(20, 32, 32, generator=rng) + masks.float()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ganomaly.metrics import Histogram, auroc, brightness, controls, evaluate
+from ganomaly.metrics import Counts, auroc, brightness, controls, evaluate
 
 
 def drawn(seed: int, n: int = 60, levels: int = 7):
@@ -31,8 +31,8 @@ def test_figures_are_their_definitions(seed):
     assert ours["f1_max"] == pytest.approx(max(cuts))
 
 
-@pytest.mark.parametrize("kind", ("apart", "level", "tiny", "far from zero", "ties", "infinite"))
-def test_a_histogram_has_the_auroc_of_its_values(kind):
+@pytest.mark.parametrize("kind", ("apart", "level", "tiny", "far from zero", "ties"))
+def test_counted_values_have_the_auroc_of_all(kind):
     rng = np.random.default_rng(0)
     labels = rng.random(50_000) < 0.03
     values = rng.standard_normal(50_000).astype(np.float32)
@@ -42,14 +42,11 @@ def test_a_histogram_has_the_auroc_of_its_values(kind):
     values = values * np.float32(scale) + np.float32(offset)
     if kind == "ties":
         values = values.round()
-    if kind == "infinite":
-        values[:9], values[9:20] = np.inf, -0.0
-    histogram = Histogram()
+    counts = Counts()
     for part in np.array_split(np.arange(50_000), 7):
-        histogram.add(labels[part], values[part])
-    expected = auroc(labels, np.nan_to_num(values))
-    assert histogram.auroc() == pytest.approx(expected, abs=1e-4)
-    assert histogram.counts.nbytes == 2**26
+        counts.add(labels[part], values[part])
+    assert counts.auroc() == pytest.approx(auroc(labels, values), abs=1e-4)
+    assert counts.counts.nbytes == 2**26
 
 
 def test_an_image_at_the_threshold_is_normal_and_no_hit_is_an_f1_of_zero():

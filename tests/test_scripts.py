@@ -23,7 +23,6 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
     trains = ("train", "benchmark", "ablate")
     table = [
         ("train", [*base, "--data-root", tmp_path / "nowhere"], "nowhere/parts/train/good"),
-        ("train", [*base, "--data-root", empty], "no images"),
         ("train", [*base, "--steps", "x"], "steps: 'x' is not a whole number"),
         ("train", [*base, "--steps"], "--steps: expected one argument"),
         ("train", [*base, "--config", text], "text.json: not a JSON config"),

@@ -23,7 +23,7 @@ from ganomaly.scoring import Outputs
 # Caps the images of one pass and those used for the PCA by memory. Never fewer than 82: every
 # second image must leave the 41 that a PCA of 40 components needs.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
-EXACT_PIXELS = 2**22  # above it a histogram counts them: scikit-learn needs 65 bytes a pixel
+EXACT_PIXELS = 2**22  # above it values are counted: scikit-learn needs 65 bytes a pixel
 
 
 def test_scores(detector: Detector, category: Category) -> dict[str, Tensor]:
@@ -101,10 +101,10 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
     if masks.numel() <= EXACT_PIXELS:
         heat = detector.heat_maps(category.test)
         return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
-    histogram = metrics.Histogram()
+    counts = metrics.Counts()
     for images, mask in zip(category.test.split(detector.batch), masks.split(detector.batch)):
-        histogram.add(mask.numpy(), detector.heat_maps(images).numpy())
-    return histogram.auroc()
+        counts.add(mask.numpy(), detector.heat_maps(images).numpy())
+    return counts.auroc()
 
 
 class Look(NamedTuple):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ganomaly import config as configuration
-from ganomaly.config import ROOT, Config
+from ganomaly.config import EXPERIMENTS, Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.charts import Curve, curves_svg, read_curve
 from ganomaly.runs.results import Page, Reference, markdown, results_csv, results_page
-from ganomaly.runs.run import ANEW, read_metrics
+from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
 SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
 SCRATCH = "local"  # the experiment of make train holds runs of any config
@@ -106,7 +106,7 @@ def runs_of(
             metrics = read_metrics(path)
             config = configuration.load(path.with_name("config.json"))
             name, seed = metrics["category"], metrics["seed"]
-            if path.parent != experiment / name / f"seed{seed}":
+            if path.parent != run_folder(experiment, name, seed):
                 raise UserError(f"{path.parent}: a copy, of {name} seed {seed}")
         except FileNotFoundError:
             continue
@@ -151,7 +151,7 @@ def reference_of(experiment: Path, recipe: str | None = None) -> Reference | Non
 
     None where there is none, and for the committed experiment itself.
     """
-    folder = ROOT / "experiments" / (recipe or experiment.name)
+    folder = EXPERIMENTS / (recipe or experiment.name)
     if not (folder / "results.csv").is_file() or folder.resolve() == experiment.resolve():
         return None
     try:

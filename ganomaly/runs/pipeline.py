@@ -89,6 +89,8 @@ def run_one(
     are the caller's to write. Busy, a UserError, where another process is at work on the same run.
     """
     run = run_of(config, folder, setting)
+    if config.in_folders:
+        data.category_folder(config, setting.data_root)  # else a typo would make a run's folder
     with locked(run.folder):
         if setting.force:
             return train_run(run, setting, shared_bar), TRAINED

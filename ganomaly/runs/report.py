@@ -1,15 +1,14 @@
 """One self-contained HTML page of an experiment: no server, no network, no script.
 
 It is made of the files that git keeps: the tables, and for each category the scores of good and
-defective images and the ROC curves. Where a run's log, weights and images are at hand, its losses
-and the images on which it errs most are shown too. The page says what was not at hand.
+defective images and the ROC curves. Where a run's model and images are at hand, it also shows the
+images on which the run errs most. The page says what was not at hand.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
-import json
 from html import escape
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
 from ganomaly.runs.pipeline import check_train_images
 from ganomaly.runs.results import Page, Table
-from ganomaly.runs.run import read_metrics
+from ganomaly.runs.run import read_metrics, run_folder
 
 ERRORS = 6  # images of each kind
 STYLE = """
@@ -90,8 +89,8 @@ def html(folder: Path, data_root: Path | None, device: torch.device) -> str:
             message = f"Charts of {category}: no scores.csv there; make evaluate writes it."
             missing[message] = None
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            message = f"{category}: scores.csv or log.jsonl of a run is gone or damaged ({error})"
-            missing[f"{message}; make evaluate writes scores.csv again."] = None
+            message = f"{category}: scores.csv of a run is damaged ({error})"
+            missing[f"{message}; make evaluate writes it again."] = None
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
     return "\n".join(out) + "\n"
@@ -116,7 +115,7 @@ def section(
 ) -> list[str]:
     """A category: charts of its first seed, the ROC curves of all, the images it errs on."""
     m, category = seeds[0], seeds[0]["category"]
-    paths = [folder / category / f"seed{one['seed']}" for one in seeds]
+    paths = [run_folder(folder, category, one["seed"]) for one in seeds]
     tables = [read_scores(path, one["score"]) for path, one in zip(paths, seeds)]
     labels, scores, names = tables[0]
     mean = np.mean([one["auroc"] for one in seeds])
@@ -130,17 +129,6 @@ def section(
         (charts.line_chart(lines, f"ROC, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
          f"True positive rate by false positive rate; AUROC {mean:.3f}"),
     ]  # fmt: skip
-    if (log := paths[0] / "log.jsonl").is_file():
-        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        if len(records) > 1:
-            drawn.append(
-                (charts.line_chart(losses(records), "losses by step"),
-                 "Losses by step, each on a scale of its own, logarithmic: <span class=key><b "
-                 "class=g>contextual</b>, <b class=b>discriminator</b></span>")
-            )  # fmt: skip
-    else:
-        message = "Losses: git keeps no logs; where the runs were made, the report shows them."
-        missing[message] = None
     out = [f"<h2>{escape(category)}</h2><div class=charts>"]
     out += [f"<figure>{charts.svg([c])}<figcaption>{text}</figcaption></figure>"
             for c, text in drawn]  # fmt: skip
@@ -194,16 +182,6 @@ def explained_images(
         shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
     parts = zip(shown, detector.reconstructions(pixels), detector.heat_maps(pixels))
     return [pictures.png(pictures.explained(*part)) for part in parts]
-
-
-def losses(records: list[dict]) -> list[tuple]:
-    """The lines of two losses, logarithmic, each from 0 to 1."""
-    steps, lines = [record["step"] for record in records], []
-    for name, kind in (("contextual", "good"), ("discriminator", "bad")):
-        values = np.log10(np.maximum([record[name] for record in records], 1e-9))
-        scaled = (values - values.min()) / (np.ptp(values) or 1)
-        lines.append((steps, scaled, f"class={kind}"))
-    return lines
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.runs.published import PUBLISHED
-from ganomaly.scoring import rank_at
+from ganomaly.scoring import share_above
 
 # The keys of metrics.json
 TEXTS = ("category", "dataset", "score")
@@ -205,7 +205,7 @@ def summary(m: dict, quantile: float) -> str:
     """The results of one run, for a terminal."""
     n = m["n_calibration"]
     head = f"{m['category']} seed {m['seed']}: {m['n_train']} images trained on, {n} to calibrate"
-    above = f"{1 - rank_at(n, quantile) / (n + 1):.1%} of good images are expected above it"
+    above = f"{share_above(n, quantile):.1%} of good images are expected above it"
     if m["auroc"] is None:
         threshold = f"threshold {m['threshold']:.6g} of score {m['score']}: {above}"
         return f"{head}\n  {threshold}\n  there is no test/, so nothing could be evaluated"

@@ -37,13 +37,17 @@ FILES = (
 ANEW = f"{flag('--force')} trains anew, --experiment NAME (EXPERIMENT=NAME) keeps both"
 
 
+def run_folder(experiment: Path, category: str, seed: int) -> Path:
+    return experiment / category / f"seed{seed}"
+
+
 class Run:
     """The folder of a run and the files in it."""
 
     def __init__(self, experiment: Path, category: str, config: Config):
         self.experiment, self.config = experiment, config
         self.name = f"{category} seed {config.seed}"
-        self.folder = experiment / category / f"seed{config.seed}"
+        self.folder = run_folder(experiment, category, config.seed)
 
     def path(self, name: str) -> Path:
         return self.folder / name
