@@ -6,6 +6,7 @@ order, and scoring changes no buffer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def outputs_of(networks, x: Tensor) -> Outputs:
 
 @dataclass
 class Detector:
-    """A trained model and its calibration: the content of model.pt."""
+    """A trained model and its calibration: the content of model.pt. It copies the networks."""
 
     networks: dict[str, nn.Module]  # named as by networks.build
     config: Config
@@ -58,6 +59,7 @@ class Detector:
     fast: dict[str, nn.Module] = field(init=False, repr=False)  # the networks that score
 
     def __post_init__(self):
+        self.networks = copy.deepcopy(self.networks)
         for network in self.networks.values():
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)

@@ -84,10 +84,11 @@ def test_packed_weights_give_the_networks_outputs(n, size, extra_layers):
     for network in networks.values():
         initialise(network, torch.Generator().manual_seed(1))
     ours = Detector(networks, config, CPU)
+    assert all(network.training for network in networks.values())  # it works on copies
     assert any(isinstance(m, Packed) for m in ours.fast["generator"].modules())
     pixels = images(n, size=size, seed=2)
     with torch.inference_mode():
-        plain = detectors.outputs_of(networks, to_input(pixels, CPU))
+        plain = detectors.outputs_of(ours.networks, to_input(pixels, CPU))
     for a, b in zip(copy.deepcopy(ours).outputs(pixels), plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 

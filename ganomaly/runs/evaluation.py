@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import NamedTuple
 
@@ -117,8 +116,8 @@ class Look(NamedTuple):
 def look(
     config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
 ) -> Look:
-    """Look at networks, which stay as they are."""
-    detector = Detector(copy.deepcopy(networks), config, device, scale)
+    """Look at networks in the middle of training."""
+    detector = Detector(networks, config, device, scale)
     outputs = detector.outputs(category.calibration[:8])
     if not len(category.test_labels):
         return Look({}, outputs)
