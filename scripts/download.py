@@ -1,7 +1,6 @@
-"""Fetch MVTec AD and unpack it into --data-root; nothing is done where all of it is there.
+"""Download MVTec AD and unpack it into --data-root.
 
-A download that broke off goes on where it stopped. --url takes a mirror or a local file, with the
-authors' bytes.
+A download that broke off goes on where it stopped. Nothing is done if all categories are there.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ URL = (
 )
 SIZE = 5_264_982_680  # bytes of the archive; its files take about as much again
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-LICENCE = "MVTec AD (Bergmann et al., CVPR 2019), licence CC BY-NC-SA 4.0: not for commercial use"
+LICENCE = "MVTec AD (Bergmann et al., CVPR 2019): CC BY-NC-SA 4.0, not for commercial use; 4.9 GB"
 HINT = "URL= takes a mirror or a local file"
 
 
@@ -39,89 +38,72 @@ def main(argv=None) -> int:
     parser.add_argument("--url", default=URL, metavar="URL", help="a mirror or a local file")
     args = parser.parse_args(argv)
     root = data_root_of("mvtec", args.data_root)
-    missing = [name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
+    missing = [root / name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
     if not missing:
         print(f"{root}: all {len(MVTEC)} categories are there, nothing to do")
         return 0
-    if broken := ", ".join(str(root / name) for name in missing if (root / name).exists()):
+    if broken := ", ".join(str(folder) for folder in missing if folder.exists()):
         raise UserError(f"{broken}: there, but without train/good; move it out of the way")
     if not hasattr(tarfile, "data_filter"):
         raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
-    print(f"{LICENCE}; 4.9 GB to download, 5 GB unpacked", file=sys.stderr)
+    local = not args.url.startswith(("http://", "https://"))
+    archive = Path(args.url) if local else root / ".mvtec_anomaly_detection.tar.xz"
+    if local and not archive.is_file():
+        raise UserError(f"--url {args.url}: no such file; {HINT}")
+    print(LICENCE, file=sys.stderr)
     with locked(root):
-        local = not args.url.startswith(("http://", "https://"))
-        archive = root / ".mvtec_anomaly_detection.tar.xz"
-        if local and not (archive := Path(args.url.removeprefix("file://"))).is_file():
-            raise UserError(f"--url {args.url}: no such file; {HINT}")
-        if (free := shutil.disk_usage(root).free) < (needed := 2.1 * SIZE - size_of(archive)):
-            raise UserError(
-                f"{root}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                "make room, or name another folder with DATA_ROOT="
-            )
+        size = archive.stat().st_size if archive.exists() else 0
+        needed, free = (2.1 * SIZE - size) / 1e9, shutil.disk_usage(root).free / 1e9
+        if free < needed:
+            message = f"{root}: {needed:.1f} GB are needed, {free:.1f} GB are free; make room"
+            raise UserError(f"{message}, or name another folder with DATA_ROOT=")
+        if not local and size < SIZE:
+            download(args.url, archive, size)
+        print(f"{archive}: it is checked and unpacked, which takes minutes", file=sys.stderr)
+        verify(archive)
+        unpack(archive, missing)
         if not local:
-            download(args.url, archive)
-        verify(archive, keep=local)
-        unpack(archive, root, missing)
-        if not local:
-            archive.unlink()  # only now: after a killed unpacking it is not fetched again
+            archive.unlink()
     print(f"{root}: {len(missing)} categories added")
     return 0
 
 
-def download(url: str, archive: Path) -> None:
-    """Append what the archive lacks, in as many connections as bring more of it."""
-    while (size := size_of(archive)) < SIZE:
-        reason = "the connection broke off"
-        try:
-            request = Request(url, headers={"Range": f"bytes={size}-"})
-            with urlopen(request, timeout=60) as answer:
-                start = size if answer.status == 206 else 0  # else the server sends all of it
-                if int(answer.headers.get("Content-Length", 0)) != SIZE - start:
-                    raise UserError(f"{url}: not MVTec AD's archive of {SIZE:,} bytes; {HINT}")
-                with open(archive, "ab" if start else "wb") as file:
-                    with progress(answer, "download", start) as reader:
-                        shutil.copyfileobj(reader, file, 1 << 20)
-        except (OSError, ValueError, HTTPException) as error:
-            reason = error
-        if size_of(archive) <= size:
-            raise UserError(f"{url}: {reason}; the same command goes on from there; {HINT}")
+def download(url: str, archive: Path, size: int) -> None:
+    """Append what follows the first `size` bytes. After a break the next call goes on."""
+    try:
+        with urlopen(Request(url, headers={"Range": f"bytes={size}-"}), timeout=60) as answer:
+            start = SIZE - int(answer.headers.get("Content-Length", 0))
+            if start not in (0, size):  # 0: the server knows no ranges and sends all of it
+                raise UserError(f"{url}: not MVTec AD's archive of {SIZE:,} bytes; {HINT}")
+            bar = tqdm.wrapattr(answer, "read", SIZE, initial=start, disable=None)
+            with bar as reader, open(archive, "ab" if start else "wb") as file:
+                shutil.copyfileobj(reader, file, 1 << 20)
+                if file.tell() < SIZE:
+                    raise OSError("the connection broke off")
+    except (OSError, ValueError, HTTPException) as error:
+        raise UserError(f"{url}: {error}; the same command goes on from there; {HINT}") from None
 
 
-def verify(archive: Path, keep: bool) -> None:
+def verify(archive: Path) -> None:
     digest = hashlib.sha256()
-    with open(archive, "rb") as file, progress(file, "checksum") as reader:
-        while block := reader.read(1 << 22):
+    with open(archive, "rb") as file:
+        while block := file.read(1 << 22):
             digest.update(block)
     if digest.hexdigest() != SHA256:
-        if not keep:
-            archive.unlink()
-        raise UserError(f"{archive}: its sha256 is not {SHA256}, that of MVTec AD; {HINT}")
+        raise UserError(f"{archive}: its sha256 is not {SHA256}, that of MVTec AD; remove it")
 
 
-def unpack(archive: Path, root: Path, missing: list[str]) -> None:
-    """Move the missing categories of the archive into root, each whole or not at all."""
-    hidden = root / ".unpacking"
-    shutil.rmtree(hidden, ignore_errors=True)  # of a killed process
+def unpack(archive: Path, folders: list[Path]) -> None:
+    """Take the folders of these names out of the archive, each whole or not at all."""
+    hidden = folders[0].parent / ".unpacking"
+    shutil.rmtree(hidden, ignore_errors=True)  # a killed process left it
     try:
-        with open(archive, "rb") as file, progress(file, "unpack") as reader:
-            with tarfile.open(fileobj=reader, mode="r:xz") as tar:
-                tar.extractall(hidden, filter="data")  # refuses what leads out of the folder
-        if lacking := [name for name in missing if not (hidden / name / "train/good").is_dir()]:
-            raise UserError(f"{archive}: has no {', '.join(lacking)}; {HINT}")
-        for name in missing:
-            (hidden / name).rename(root / name)
-    except tarfile.TarError as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}; {HINT}") from None
+        with tarfile.open(archive) as tar:
+            tar.extractall(hidden, filter="data")  # refuses what leads out of the folder
+        for folder in folders:
+            (hidden / folder.name).rename(folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def progress(file, title: str, start: int = 0):
-    return tqdm.wrapattr(file, "read", SIZE, desc=title, initial=start, disable=None)
 
 
 if __name__ == "__main__":
