@@ -26,16 +26,16 @@ def folder(category="parts", **values) -> Config:
 # Files
 
 
-@pytest.mark.parametrize("suffix", sorted({*images.SUFFIXES, *map(str.upper, images.SUFFIXES)}))
 @pytest.mark.parametrize("channels", (1, 3))
-def test_every_suffix_is_read(tmp_path, suffix, channels):
-    path = tmp_path / f"image{suffix}"
-    Image.new("RGB", (50, 30), (200, 100, 50)).save(path)
-    pixels = read_image(path, 32, channels)
-    assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+def test_every_suffix_is_read(tmp_path, channels):
     expected = [124] if channels == 1 else [200, 100, 50]  # ITU-R 601: .299 R + .587 G + .114 B
-    assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
-    assert images.image_files(tmp_path) == [path]
+    for suffix in images.SUFFIXES:
+        path = tmp_path / f"image{suffix}"
+        Image.new("RGB", (50, 30), (200, 100, 50)).save(path)
+        pixels = read_image(path, 32, channels)
+        assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+        assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
+    assert len(images.image_files(tmp_path)) == len(images.SUFFIXES)
 
 
 def grey(mode: str) -> Image.Image:
@@ -58,9 +58,8 @@ def transparent() -> Image.Image:
 
 
 MODES = [
-    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"),
-    ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"),
-    ("RGBA", "webp"), ("L", "bmp"), ("L", "jpg"), ("transparent", "png"),
+    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png"),
+    ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"), ("transparent", "png"),
 ]  # fmt: skip
 
 
@@ -89,24 +88,6 @@ def test_any_aspect_is_squashed_to_a_square(tmp_path):
     for size in ((1, 1), (3, 500), (500, 3), (900, 900)):
         Image.new("L", size, 77).save(tmp_path / "a.png")
         assert (read_image(tmp_path / "a.png", 32, 1) == 77).all()
-
-
-def test_bad_images_are_all_listed_with_their_reason(tmp_path):
-    root = draw_category(tmp_path / "parts")
-    good = root / "train" / "good"
-    (good / "text.png").write_text("hello")
-    (good / "zero.png").write_bytes(b"")
-    whole = (good / "000.png").read_bytes()
-    (root / "test" / "good" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.ones((9, 9), np.float32)).save(good / "float.tif")
-    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(good / "wide.tif")
-    with pytest.raises(UserError) as error:
-        data.load(folder(), tmp_path)
-    text = str(error.value)
-    assert text.startswith("5 images cannot be read") and "\n" not in text
-    for part in ("text.png (not an image)", "zero.png (empty file)", "cut.png (", "float.tif ("):
-        assert part in text
-    assert "wide.tif (32-bit pixels have no known range" in text
 
 
 # Folders
@@ -138,9 +119,7 @@ def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
         assert len(as_set(category.train) | as_set(category.calibration)) == 24
 
 
-@pytest.mark.parametrize(
-    "n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50), (60, 0.1, 10)]
-)
+@pytest.mark.parametrize("n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50)])
 def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
     config = folder(calibration_fraction=fraction)
     kept, held_out = data.split_calibration(n, config)
@@ -156,20 +135,10 @@ def test_images_are_known_by_their_content(tmp_path):
     before = hashes()
     assert before == hashes("again")
     assert all(before[part] != hashes("other")[part] for part in ("train_images", "test_images"))
-    with pytest.raises(UserError, match="no folder"):
-        hashes("nowhere")
     assert data.image_hashes(resolve({}), None) == {}
-    # Uncompressed images have one size, whatever is on them
-    bitmap = tmp_path / "0/parts/train/good/000.bmp"
-    trained = []
-    for level in (60, 200):
-        Image.new("L", (40, 40), level).save(bitmap)
-        trained.append(hashes()["train_images"])
-        assert hashes()["test_images"] == before["test_images"]
-    assert trained[0] != trained[1]
     # A mask belongs to the test images
     draw_mask(tmp_path / "0/parts", "000_mask.png", slice(0, 2))
-    assert hashes()["train_images"] == trained[1]
+    assert hashes()["train_images"] == before["train_images"]
     assert hashes()["test_images"] != before["test_images"]
 
 
@@ -212,16 +181,13 @@ def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
 
 def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     for values, root, words in (
-        (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*CC BY-NC-SA"),
-        (dict(category="bottle"), tmp_path, "make download"),
+        (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*make downl"),
         (dict(dataset="folder", category="prats"), parts, "categories there: parts"),
         (dict(dataset="folder", category="parts"), parts.parent, f"for --data-root {parts}$"),
         (dict(category="3"), tmp_path, "--dataset digits, mnist has it"),
         (dict(category="botle"), tmp_path, "did you mean 'bottle'"),
         (dict(dataset="mnist", category="3"), tmp_path, "--download .*fetches it"),
-        (dict(dataset="cifar10", category="cat"), tmp_path, "--download .*fetches it"),
         (dict(dataset="cifar10"), tmp_path, "needs one of plane"),
-        (dict(dataset="cifar10", category="frogg"), tmp_path, "no 'frogg'; did you mean 'frog'"),
     ):
         with pytest.raises(UserError, match=words):
             data.load(resolve(values), root)
@@ -245,29 +211,26 @@ def test_advice_names_what_is_there(tmp_path, parts):
     shutil.copytree(tmp_path / "set/bottle/train/good", tmp_path / "photographs" / "caps")
     with pytest.raises(UserError, match="categories there: caps; choose one"):
         data.load(folder(None), tmp_path / "photographs")
-    assert data.categories_of(folder(None), tmp_path / "photographs") == ["caps"]
-    assert data.categories_of(folder(None), tmp_path / "photographs" / "caps") == [None]
-    assert data.categories_of(folder(None), tmp_path / "set" / "bottle") == [None]
-    assert data.categories_of(folder(None), tmp_path / "set") == ["bottle"]
+    for place, expected in (("photographs", "caps"), ("photographs/caps", None), ("set", "bottle")):
+        assert data.categories_of(folder(None), tmp_path / place) == [expected]
 
 
 # One class out
 
 
-@pytest.mark.parametrize("category", ("0", "7"))
-def test_digits_follow_the_paper_protocol(category):
+def test_digits_follow_the_paper_protocol():
     target = load_digits().target
-    anomalies = int((target == int(category)).sum())
+    anomalies = int((target == 7).sum())
     normals = len(target) - anomalies
     c, again, other = (
-        data.load(resolve({"dataset": "digits", "category": category, "seed": seed}))
+        data.load(resolve({"dataset": "digits", "category": "7", "seed": seed}))
         for seed in (42, 42, 1)
     )
     assert len(c.train) + len(c.calibration) == round(0.8 * normals)
     assert (c.test_labels == 0).sum() == normals - round(0.8 * normals)
     assert c.test_labels.sum() == anomalies  # every one is tested
     for path, label in zip(c.test_paths, c.test_labels):
-        assert (path.split("/")[0] == category) == label
+        assert (path.split("/")[0] == "7") == label
     assert c.train.shape[1:] == (1, 32, 32)
     assert c.train.min() == 0 and c.train.max() == 255
     assert c.test_paths == again.test_paths != other.test_paths
@@ -326,7 +289,7 @@ def test_cifar10_is_read_by_torchvision_from_its_own_files(tmp_path, monkeypatch
 # Batches
 
 
-@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (60, 64), (167, 16)])
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8)])
 def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
     pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
     batches = Batches(pixels, batch_size, torch.Generator().manual_seed(0))
@@ -336,22 +299,6 @@ def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
     passes = stream[: len(stream) // n * n].reshape(-1, n)
     assert (passes.sort(1).values == torch.arange(n)).all()
     assert not torch.equal(passes[0], passes[1]) or n < 4
-
-
-def test_batches_go_on_exactly_from_their_state():
-    pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
-    batches = Batches(pixels, 4, torch.Generator().manual_seed(0))
-    batches.next()
-    state = batches.state_dict()
-    expected = [batches.next() for _ in range(9)]
-    again = Batches(pixels, 4, torch.Generator())
-    again.load_state_dict(state)
-    assert all(torch.equal(a, again.next()) for a in expected)
-
-
-def test_to_input_spans_minus_one_to_one():
-    x = to_input(torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1), CPU)
-    assert x.flatten().tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
 
 
 def test_decode_keeps_order_and_a_bounded_lead(tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -20,7 +19,7 @@ from ganomaly.networks import (
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 SIZES = [
     Config(image_size=size, channels=channels, width=4, latent_dim=7)
-    for size, channels in itertools.product((32, 64, 128, 256), (1, 3))
+    for size, channels in ((32, 1), (64, 3), (256, 3))
 ]
 sizes = pytest.mark.parametrize("config", SIZES, ids=lambda c: f"{c.image_size}x{c.channels}")
 
@@ -124,9 +123,3 @@ def test_the_comparator_starts_with_he_s_convolutions():
             assert module.bias is None or module.bias.abs().max() == 0
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
-
-
-def test_a_config_has_a_comparator_where_it_has_a_width():
-    assert list(build(Config(width=4))) == ["generator", "discriminator"]
-    with_one = build(Config(width=4, corrupted=0.5, comparator_width=4))
-    assert list(with_one) == ["generator", "discriminator", "comparator"]

@@ -158,15 +158,6 @@ def test_charts_show_what_the_numbers_say():
     assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
 
 
-def test_a_curve_is_read_back(tmp_path):
-    path = tmp_path / "curve.csv"
-    path.write_text("step,latent,feature\n10,0.5,0.25\n20,0.75,1\n")
-    curve = {"latent": {10: 0.5, 20: 0.75}, "feature": {10: 0.25, 20: 1.0}}
-    assert charts.read_curve(path) == curve
-    path.write_text("")
-    assert charts.read_curve(path) == {}
-
-
 def lines(picture: str, kind: str) -> list[list[tuple[float, float]]]:
     paths = re.findall(rf'<path stroke="[^"]+" class="{kind}" d="M([^"h]+)"/>', picture)
     return [[tuple(map(float, at.split(","))) for at in path.split()] for path in paths]
