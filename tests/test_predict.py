@@ -15,7 +15,7 @@ from PIL import Image
 
 from ganomaly import load
 
-from .conftest import ROOT, contents, folder_of, printed, read_csv, refusal, train
+from .conftest import ROOT, contents, folder_of, printed, read_csv, read_json, refusal, train
 
 CALIBRATED = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated".split()
 
@@ -41,12 +41,14 @@ def calibrated(parts, tmp_path_factory) -> Path:
 def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
     code, rows, err = predict(parts / "parts/test")
     recorded = read_csv(folder_of(trained) / "scores.csv")
+    threshold = read_json(folder_of(trained) / "metrics.json")["threshold"]
     assert code == 0 and len(rows) == 9 and "9 images" in err
     assert list(rows[0]) == ["path", "score", "threshold", "verdict", "p_value"]
     for row, known in zip(rows, recorded, strict=True):
         assert row["path"].endswith(known["path"])
         assert float(row["score"]) == pytest.approx(float(known["latent"]), rel=1e-5)
-        above = float(row["score"]) > float(row["threshold"])
+        assert float(row["threshold"]) == pytest.approx(threshold, rel=1e-5)
+        above = float(row["score"]) > threshold
         assert row["verdict"] == ("defective" if above else "normal")
         assert above == (float(row["p_value"]) <= 1 / 11)  # ten held out: the largest of them
 

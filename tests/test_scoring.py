@@ -124,31 +124,12 @@ def smooth(n, seed=0):
     return torch.nn.functional.interpolate(cells, (32, 32), mode="bilinear")
 
 
-@pytest.mark.parametrize("name", ("residual", "gradient"))
-def test_a_map_is_highest_where_the_images_differ_and_nothing_where_they_do_not(name):
-    x = smooth(3)
-    same = scoring.MAPS[name](outputs(x, x))
-    assert same.shape == (3, 32, 32) and same.abs().max() < 1e-6
-    x_hat = x.clone()
-    x_hat[:, :, 8:12, 20:24] += 0.5
-    heat = scoring.MAPS[name](outputs(x, x_hat))
-    for m in heat:
-        row, column = divmod(int(m.argmax()), 32)
-        assert 6 <= row <= 13 and 18 <= column <= 25
-        assert m[20:, :12].max() < 0.2 * m.max()
-
-
 def test_the_residual_map_is_of_what_is_missing_not_of_its_noise():
     x = smooth(2)
     checks = 0.3 * (-1.0) ** (torch.arange(32)[:, None] + torch.arange(32))
     assert scoring.residual_map(outputs(x, x + checks)).max() < 0.3 / 8  # a corner has nine pixels
     offset = scoring.residual_map(outputs(x, x + 0.3))
     assert torch.allclose(offset, torch.full_like(offset, 0.3), atol=1e-5)
-    # It moves with the images, by a single pixel too
-    x_hat = smooth(2, seed=1)
-    moved = scoring.residual_map(outputs(x.roll(1, 3), x_hat.roll(1, 3)))
-    expected = scoring.residual_map(outputs(x, x_hat)).roll(1, 2)
-    assert torch.allclose(moved[..., 4:-4], expected[..., 4:-4], atol=1e-6)
 
 
 def test_the_gradient_map_sees_structure_not_brightness():
