@@ -1,18 +1,14 @@
 """What a finished run is known by, its images, config and code; --force; its lock; evaluate.py."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
+from ganomaly.files import locked
 from ganomaly.runs import provenance
 
 from .conftest import (
-    ROOT,
     benchmark_words,
     contents,
     draw,
@@ -161,31 +157,13 @@ def test_force_takes_back_our_files_only_and_survives_a_kill(
     assert numbers(finished) == expected and (finished / "notes.txt").read_text() == "mine"
 
 
-def holder(folder: Path) -> subprocess.Popen:
-    """A process that holds a folder's lock."""
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
-        f"from ganomaly.files import locked\n"
-        f"with locked(Path({str(folder)!r})): print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-@pytest.mark.slow
-def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(
-    script, parts, finished, tmp_path
-):
-    words, other = train_words(parts, tmp_path), holder(finished)
-    before = contents(finished)
-    for command in ("train", "evaluate"):
-        line = refusal(script(command, *words))
-        assert "another process is at work on this run" in line
-    assert contents(finished) == before and ".lock" in before
-    other.kill()
-    other.wait()
-    printed(script("evaluate", *words))
+def test_a_run_on_which_another_process_is_at_work_is_refused(script, parts, finished, tmp_path):
+    with locked(finished):
+        before = contents(finished)
+        for command in ("train", "evaluate"):
+            line = refusal(script(command, *train_words(parts, tmp_path)))
+            assert "another process is at work on this run" in line
+        assert contents(finished) == before
 
 
 def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finished, tmp_path):

@@ -260,6 +260,13 @@ def test_threshold_is_the_conformal_rank(n, quantile, rank):
     assert threshold_at(scores, quantile) == (rank, 1 - rank / (n + 1))
 
 
+def test_there_are_five_folds_of_equal_size(monkeypatch):
+    sizes, real = [], fit_whitening
+    monkeypatch.setattr(scoring, "fit_whitening", lambda g: sizes.append(len(g)) or real(g))
+    calibrate(raw_scores(gaps(12, 3, 0)), seed=0)
+    assert sorted(sizes) == [9, 9, 10, 10, 10, 12]
+
+
 def test_folds_never_score_an_image_with_its_own_statistics():
     normal = gaps(20, 4, 3)
     expected = calibrate(raw_scores(normal), seed=0).scores["latent_whitened"]
