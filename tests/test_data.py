@@ -132,14 +132,6 @@ def test_other_files_are_ignored_and_other_photographs_are_told(tmp_path, capsys
     assert "2 .heic; convert" in capsys.readouterr().err
 
 
-def test_the_root_may_be_the_category_and_test_images_may_be_absent(parts, tmp_path):
-    category = data.load(folder(None), parts / "parts")
-    assert category.name == "parts" and len(category.test) == 9
-    draw_category(tmp_path / "parts", n_good=0, defects=())
-    category = data.load(folder(), tmp_path)
-    assert len(category.test) == len(category.test_labels) == 0
-
-
 @pytest.mark.parametrize(
     "counts, words",
     [
@@ -159,7 +151,6 @@ def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
 def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     for values, root, words in (
         (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*make downl"),
-        (dict(dataset="folder", category="prats"), parts, "categories there: parts"),
         (dict(dataset="folder", category="parts"), parts.parent, f"for --data-root {parts}$"),
         (dict(category="3"), tmp_path, "--dataset digits, mnist has it"),
         (dict(category="botle"), tmp_path, "did you mean 'bottle'"),
@@ -180,7 +171,6 @@ def test_advice_names_what_is_there(tmp_path, parts):
         # The parent of the categories, and no category
         (folder(None), tmp_path / "set", "there: bottle; choose one with --category .CATEGORY=."),
         (folder("screw"), tmp_path / "set", "categories there: bottle; put images"),
-        (resolve({"category": "screw"}), tmp_path / "set", "there: bottle; .*make download DATA_R"),
     ):
         with pytest.raises(UserError, match=advice):
             data.load(config, root)

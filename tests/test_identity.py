@@ -147,7 +147,7 @@ def test_force_takes_back_our_files_only_and_survives_a_kill(
         unlink(path, *args, **kwargs)
         raise KeyboardInterrupt
 
-    while (finished / "config.json").exists():
+    while (finished / "log.jsonl").exists():  # the last but TensorBoard's and config.json
         assert "another config" in refusal(script("train", *words))  # half taken back
         with monkeypatch.context() as patch:
             patch.setattr(type(finished), "unlink", dying)
