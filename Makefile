@@ -86,5 +86,5 @@ test: $(READY) ## ruff and pytest, in as many processes as there are cores: as f
 		else echo "no ruff with $(PYTHON): the code is not linted"; fi
 	@$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto')" 2>/dev/null)
 
-torture: $(READY) ## kill -9 at random, full disks, 50,000 steps: half an hour
+torture: $(READY) ## kill -9 at every write, full disks, 50,000 steps: half an hour
 	@$(PYTHON) -m pytest -s tests/torture.py

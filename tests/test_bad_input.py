@@ -27,8 +27,8 @@ def noise(seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
 
 
-def bytes_of(kind: str, mode: str = "RGB", size=(40, 40), **save) -> bytes:
-    return packed(kind, Image.fromarray(noise()).resize(size).convert(mode), **save)
+def bytes_of(kind: str, **save) -> bytes:
+    return packed(kind, Image.fromarray(noise()), **save)
 
 
 def tiff_of(array: np.ndarray) -> bytes:
@@ -40,15 +40,11 @@ def animation(kind: str) -> bytes:
     return packed(kind, frames[0], save_all=True, append_images=frames[1:])
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size, without the pixels."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        crc = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+def bomb() -> bytes:
+    """A PNG whose header claims 60,000 pixels a side."""
+    whole = bytes_of("png")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + whole[24:29]
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
 
 
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"  # nonsense
@@ -58,35 +54,20 @@ RAMP = np.arange(1600).reshape(40, 40)
 IMAGES = [
     ("zero.png", b"", "empty file"),
     ("text.png", b"hello", "not an image"),
-    ("page.jpg", b"<!doctype html><title>404</title>", "not an image"),
-    ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-    ("nulls.bmp", bytes(5000), "not an image"),
-    ("texture.png", b"DDS " + struct.pack("<31I", 124, *[9] * 30), "not an image"),
     ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an"),
-    ("magic.png", b"\x89PNG\r\n\x1a\n", "not an image"),
     ("cut.png", bytes_of("png")[:900], "truncated"),
-    ("cut.jpg", bytes_of("jpeg")[:900], "truncated"),
-    ("cut.bmp", bytes_of("bmp")[:900], "truncated"),
-    ("cut.tif", bytes_of("tiff", compression="tiff_lzw")[:900], ""),
     ("cut.webp", bytes_of("webp")[:300], ""),
-    ("head.png", bytes_of("png")[:33], ""),
     ("crc.png", bytes_of("png").replace(b"IDAT", b"IDAX", 1), ""),
-    ("bomb.png", png_of_size(60_000, 60_000), "exceeds limit"),
-    ("wide.png", png_of_size(2**31 - 1, 1), ""),
-    ("nothing.png", png_of_size(0, 0), ""),
+    ("bomb.png", bomb(), "exceeds limit"),
     ("float.tif", tiff_of(RAMP.astype(np.float32)), "floating-point"),
     ("negative.tif", tiff_of(RAMP.astype(np.int32) - 800), "32-bit"),
-    ("line.png", bytes_of("png", size=(3000, 1)), None),
-    ("lossy.webp", bytes_of("webp"), None),
+    ("wide.tif", tiff_of(RAMP.astype(np.int32) + 70_000), "32-bit"),
     ("moving.webp", animation("webp"), None),
-    ("moving.png", animation("png"), None),
-    ("really_a_jpeg.png", bytes_of("jpeg"), None),
     ("really_a_gif.png", animation("gif"), None),
     *((name, bytes_of("png"), None) for name in (
-        "UPPER.PNG", "with space.png", "'quotes\".png", "new\nline.png", "comma, semicolon;.png",
-        "-flag.png", "\u6587\u5b57 \u00e9.png", os.fsdecode(b"latin\xe9.png"), "a" * 200 + ".png",
+        "UPPER.PNG", "comma, 'quotes\".png", "new\nline.png", "-flag.png", "\u6587\u5b57.png",
+        os.fsdecode(b"latin\xe9.png"),
     )),
-    ("trailing.png", bytes_of("png") + b"more", None),
     ("turned.jpg", bytes_of("jpeg", exif=EXIF), None),
     ("cut_exif.png", bytes_of("png", exif=b"Exif\0\0MM\0*\0\0"), ""),
 ]  # fmt: skip
@@ -126,15 +107,6 @@ def test_every_image_is_a_row_whatever_is_in_it(script, trained, tmp_path):
     assert all(name in line for name in bad) and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_that_may_not_be_read_is_a_row(script, trained, tmp_path):
-    path = tmp_path / "mine.png"
-    path.write_bytes(bytes_of("png"))
-    path.chmod(0)
-    code, out, _ = script("predict", "--model", folder_of(trained) / "model.pt", "--images", path)
-    assert code == 1 and "Permission denied" in out
-
-
 def cut(path, n=100):
     path.write_bytes(path.read_bytes()[:n])
 
@@ -145,10 +117,6 @@ def edit(path, **changes):
 
 def foreign(path):
     torch.save({"step": 3, "weights": torch.zeros(3)}, path)
-
-
-def a_tensor(path):
-    torch.save(torch.zeros(3), path)
 
 
 def of_other_weights(path):
@@ -164,45 +132,31 @@ def unfinished(folder):
     return folder
 
 
-def a_list_alone(path):
-    torch.save([1, 2], path)
-    path.with_name("config.json").unlink()
-
-
 WEIGHTS = "encoder1.features.2.weight"
 UNFIT = f"size mismatch for {WEIGHTS}"
 # What is done to a finished run's folder; the command; what is said (None: done without a word)
 DAMAGES = [
     ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
-    ("metrics a list", lambda f: (f / "metrics.json").write_text("[1]"), "train", "not a complete"),
-    ("metrics empty", lambda f: cut(f / "metrics.json", 0), "evaluate", "not a complete"),
     ("metrics gone", unfinished, "train", None),
     ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
     ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
     ("model cut", lambda f: cut(f / "model.pt"), "evaluate", "not a model.pt"),
-    ("model a tensor", lambda f: a_tensor(f / "model.pt"), "evaluate", "not a model.pt"),
-    ("model foreign", lambda f: foreign(f / "model.pt"), "evaluate", "not a model.pt"),
     ("model of other weights", lambda f: of_other_weights(f / "model.pt"), "evaluate", UNFIT),
     ("checkpoint of others", lambda f: of_other_weights(unfinished(f) / "last.pt"), "train", UNFIT),
-    ("scores gone", lambda f: (f / "scores.csv").unlink(), "evaluate", None),
     ("scores edited", lambda f: cut(f / "scores.csv"), "evaluate", None),
     ("config cut", lambda f: cut(f / "config.json"), "train", "not a JSON config"),
     ("config of another version", lambda f: edit(f / "config.json", depth=3), "train", "depth"),
     ("config edited", lambda f: edit(f / "config.json", lr=0.5), "train", "lr (0.5 there"),
     ("config gone", lambda f: (f / "config.json").unlink(), "train", "config.json is gone"),
-    ("log cut", lambda f: cut(f / "log.jsonl", 7), "train", None),
-    ("curve cut", lambda f: cut(f / "curve.csv", 9), "train", None),
+    ("log cut", lambda f: cut(unfinished(f) / "log.jsonl", 7), "train", None),
+    ("curve cut", lambda f: cut(unfinished(f) / "curve.csv", 9), "train", None),
 ]  # fmt: skip
 # What is done to an unfinished run's checkpoint: set aside with a warning, or taken as it is
 CHECKPOINTS = [
-    ("empty", lambda p: p.write_bytes(b"")),
     ("cut", lambda p: cut(p, 3000)),
-    ("text", lambda p: p.write_text("hello")),
     ("a bit flipped", lambda p: p.write_bytes(flipped(p.read_bytes()))),
     ("foreign", foreign),
-    ("a list", lambda p: torch.save([1, 2, 3], p)),
-    ("a tensor", a_tensor),
-    ("a list, and no config beside it", a_list_alone),
+    ("a list", lambda p: torch.save([1, 2], p)),
     ("a config alone", lambda p: torch.save({"config": p.with_name("config.json").read_text()}, p)),
     ("no config", lambda p: torch.save({"config": 3, "step": 4}, p)),
 ]
@@ -253,7 +207,6 @@ def flat(level: int) -> np.ndarray:
 # Images to train on, good and defective ones to test
 ODD_SETS = {
     "all black": ([flat(0)] * 24, [flat(0)] * 4, [flat(0)] * 4),
-    "constant": ([flat(90)] * 24, [flat(90)] * 4, [flat(200)] * 4),
     "identical": ([noise(0)] * 24, [noise(0)] * 4, [noise(i) for i in range(1, 5)]),
     "one of each": ([noise(i) for i in range(24)], [noise(30)], [flat(0)]),
 }

@@ -4,13 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from ganomaly.config import Config
-from ganomaly.data import MVTEC
 
 from .conftest import (
     ROOT,
@@ -19,35 +17,11 @@ from .conftest import (
     benchmark_words,
     folder_of,
     load_script,
-    numbers,
     printed,
     read_csv,
     read_json,
     refusal,
-    train,
 )
-
-
-@pytest.mark.slow
-def test_fifteen_categories_go_through_whole(script, fifteen, tmp_path):
-    out = printed(script("benchmark", *benchmark_words(fifteen, tmp_path)))
-    rows = read_csv(tmp_path / "all/results.csv")
-    assert [row["category"] for row in rows] == [*MVTEC, "Mean", "Mean without screw"]
-    assert "anomalib README" in out and "| Mean without screw |" in out and "0.421" in out
-    assert out.count("seed 42: AUROC") == 15
-    alone = train(fifteen, tmp_path, "--dataset=mvtec", category="zipper")
-    assert numbers(alone) == numbers(folder_of(tmp_path, "zipper", name="all"))
-
-
-@pytest.mark.slow
-def test_seeds_give_deviations_and_finished_runs_are_kept(script, fifteen, tmp_path):
-    words = benchmark_words(fifteen, tmp_path, "--categories", "bottle", "screw", "--seeds")
-    printed(script("benchmark", *words, 42, 43))
-    first = (tmp_path / "all/bottle/seed42/metrics.json").read_bytes()
-    out = printed(script("benchmark", *words, 42, 43, 44))
-    assert out.count("(done before)") == 4 and "±" in out
-    assert (tmp_path / "all/bottle/seed42/metrics.json").read_bytes() == first
-    assert len(read_csv(tmp_path / "all/results.csv")) == 6 + 6  # a run, and two means of each seed
 
 
 def test_missing_categories_are_listed_before_any_work(script, fifteen, tmp_path):
@@ -91,25 +65,17 @@ def test_the_table_names_the_best_checkpoint_an_oracle(script, parts, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_benchmarks_share_the_work_and_the_table_though_a_third_dies(script, fifteen, tmp_path):
+def test_two_benchmarks_share_the_work_and_the_table(script, fifteen, tmp_path):
     words = ["--categories", "tile", "wood", "--seeds", "1", "2"]
-    words += ["--steps=150", "--checkpoint-every=25"]
     printed(script("benchmark", *benchmark_words(fifteen, tmp_path / "serial", *words)))
     both = benchmark_words(fifteen, tmp_path / "both", *words)
     command = [sys.executable, ROOT / "scripts/benchmark.py", *both]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    third = processes.pop()
-    while not list((tmp_path / "both").rglob("last.pt")) and third.poll() is None:
-        time.sleep(0.02)
-    third.kill()
-    third.communicate()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], answers
-    # Each run was trained by one of them, or by the third before it died
-    assert 4 <= sum(out.count("(done before)") for out, _ in answers) <= 6
+    # Each run was trained by one of them
+    assert sum(out.count("(done before)") for out, _ in answers) == 4
     tables = []
     for name in ("serial", "both"):
         rows = read_csv(tmp_path / name / "all" / "results.csv")
@@ -128,7 +94,7 @@ def ablation_words(parts, tmp_path, *more):
     return ["--config", recipe, "--data-root", parts, "--experiments-dir", tmp_path, *more]
 
 
-def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
+def test_ablations_are_compared_by_seed(script, parts, tmp_path):
     some = ["--only", "base", "half the steps", "no comparator", "--seeds", 1, 2]
     out = printed(script("ablate", *ablation_words(parts, tmp_path, *some)))
     assert "| half the steps |" in out and "±" in out
@@ -144,9 +110,6 @@ def test_ablations_are_run_once_and_compared_by_seed(script, parts, tmp_path):
     assert rows[-1]["auroc_comparator"] == "" and rows[0]["auroc_comparator"]
     config = read_json(folder / "half-the-steps/parts/seed1/config.json")
     assert config["steps"] == TINY["steps"] // 2
-    before = {p: p.read_bytes() for p in folder.rglob("metrics.json")}
-    printed(script("ablate", *ablation_words(parts, tmp_path, *some)))
-    assert {p: p.read_bytes() for p in folder.rglob("metrics.json")} == before
     # A damaged run of before is left out with a warning, whatever is asked for now
     next(folder.glob("half*/parts/seed2/metrics.json")).write_text("{")
     code, out, err = script("ablate", *ablation_words(parts, tmp_path, "--only=base", "--seeds=1"))

@@ -8,7 +8,6 @@ from ganomaly.cli import Parser
 from ganomaly.config import (
     DATASET_DEFAULTS,
     FIELDS,
-    SCORES,
     Config,
     checked,
     from_json,
@@ -24,11 +23,6 @@ def parsed(*words: str) -> Config:
     parser = Parser("test")
     parser.add_config_flags()
     return resolve(parser.given(parser.parse_args(list(words))))
-
-
-def test_json_round_trip_is_exact():
-    ours = Config(category="bottle", lr=1 / 3, steps=7, amp="fp16")
-    assert from_json(ours.to_json()) == ours
 
 
 def test_the_paper_recipe_is_the_defaults_with_its_precision_fixed():
@@ -47,17 +41,12 @@ def test_every_committed_recipe_and_run_config_is_complete_and_loads():
         assert written.items() <= vars(configuration.load(path)).items()
 
 
-def test_dataset_follows_from_the_category():
+def test_dataset_follows_from_the_category_and_its_defaults_give_way_to_flags():
     assert parsed().dataset == "digits"
     assert parsed("--category", "bottle").dataset == "mvtec"
-    assert parsed("--category", "3", "--dataset", "mnist").dataset == "mnist"
-
-
-@pytest.mark.parametrize("dataset", DATASET_DEFAULTS)
-def test_dataset_defaults_give_way_to_flags(dataset):
-    plain = vars(parsed("--dataset", dataset))
-    assert plain.items() >= DATASET_DEFAULTS[dataset].items()
-    assert parsed("--dataset", dataset, "--image-size", "64").image_size == 64
+    for dataset, defaults in DATASET_DEFAULTS.items():
+        assert vars(parsed("--dataset", dataset)).items() >= defaults.items()
+        assert parsed("--dataset", dataset, "--image-size", "64").image_size == 64
 
 
 def test_flags_override_a_config_file_and_a_wrong_value_in_it_names_it(tmp_path):
@@ -82,7 +71,6 @@ def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
     for name in DATASET_DEFAULTS["digits"].keys() - {"category", "width"}:
         assert getattr(config, name) == FIELDS[name].default, name
     assert (config.width, config.category) == (8, None)
-    assert parsed("--config", str(path), "--dataset", "mvtec").image_size == 64
 
 
 def test_every_field_is_a_flag():
@@ -96,26 +84,20 @@ def test_every_field_is_a_flag():
 
 REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 0, "at least 1"),
-    ("seed", -1, "at least 0"),
     ("steps", 1.5, "whole number"),
     ("steps", True, "whole number"),
     ("steps", "many", "whole number"),
-    ("steps", None, "whole number"),
     ("image_size", 48, "power of two"),
-    ("image_size", 16, "at least 32"),
     ("image_size", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
     ("lr", float("nan"), "more than 0"),
-    ("lr", float("inf"), "more than 0"),
     ("lr", 10**400, "more than 0"),
     ("lr", 0, "more than 0"),
-    ("lr", [1], "number"),
     ("beta1", 1, "less than 1"),
     ("score", "best", "latent"),
     ("dataset", {"a": 1}, "mvtec"),
     ("category", "../x", "folder name"),
     ("category", "..", "folder name"),
-    ("category", "", "folder name"),
     ("category", 3, "text"),
 ]
 
@@ -129,21 +111,18 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    "words, expected",
-    [([], False), (["--switch"], True), (["--switch", "true"], True), (["--switch=False"], False)],
-)
-def test_a_knob_may_be_a_bool(monkeypatch, words, expected):
-    field = dataclasses.make_dataclass("Knobs", [("switch", "bool", knob(False, "a switch"))])
-    monkeypatch.setitem(FIELDS, "switch", field.__dataclass_fields__["switch"])
+def test_a_knob_may_be_a_bool(monkeypatch):
+    made = dataclasses.make_dataclass("Knobs", [("switch", "bool", knob(False, "a switch"))])
+    field = made.__dataclass_fields__["switch"]
+    monkeypatch.setitem(FIELDS, "switch", field)
     parser = Parser("test")
     parser.add_config_flags()
-    given = parser.given(parser.parse_args(words)).get("switch", False)
-    assert checked(FIELDS["switch"], given) is expected
-    with pytest.raises(UserError, match="switch: 'maybe' is not true or false; allowed: true, fa"):
-        checked(FIELDS["switch"], parser.given(parser.parse_args(["--switch=maybe"]))["switch"])
-    with pytest.raises(UserError, match="switch: 1 is not true or false"):
-        checked(FIELDS["switch"], 1)
+    words = ("--switch", "--switch=False", "--switch=maybe")
+    given = [parser.given(parser.parse_args([word]))["switch"] for word in words]
+    assert [checked(field, value) for value in given[:2]] == [True, False]
+    for value in (given[2], 1):
+        with pytest.raises(UserError, match="switch: .* is not true or false"):
+            checked(field, value)
 
 
 def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
@@ -154,24 +133,16 @@ def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
     ]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "nan", "null", '{"stepz": 5}'])
-def test_what_is_not_a_config_is_refused_with_its_source(text):
-    with pytest.raises(UserError, match=r"^saved\.json: "):
-        from_json(text, "saved.json")
-
-
-def test_an_unknown_key_or_flag_names_the_nearest():
+def test_what_is_no_config_is_named_and_an_unknown_key_or_flag_with_the_nearest():
+    for text in ("[1]", "{"):
+        with pytest.raises(UserError, match=r"^saved\.json: "):
+            from_json(text, "saved.json")
     with pytest.raises(UserError, match="'stepz'; did you mean 'steps'"):
         from_json('{"stepz": 5}')
     with pytest.raises(UserError, match="'--stepz'; did you mean '--steps'"):
         parsed("--stepz", "5")
     with pytest.raises(UserError, match="'--step'"):  # no abbreviations either
         parsed("--step", "5")
-
-
-def test_only_the_score_of_a_comparator_needs_one():
-    assert set(SCORES) - set(Config().scores) == {"comparator"}
-    assert Config(corrupted=0.5, comparator_width=1).scores == SCORES
 
 
 def test_knobs_that_do_not_fit_together_are_refused():

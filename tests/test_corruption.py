@@ -64,18 +64,6 @@ def test_large_images_have_regions_of_the_same_share():
     assert (shares[0] - shares[1]).abs().max() < 0.01
 
 
-def test_the_stream_goes_on_from_its_state():
-    pixels = images(12)
-    x = to_input(pixels, CPU)
-    first, again, other = (corruption_of(pixels, seed) for seed in (1, 1, 2))
-    first(x)
-    state = first.state_dict()
-    expected = first(x)
-    again.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(expected, again(x)))
-    assert not torch.equal(expected[0], other(x)[0])
-
-
 def test_moved_keeps_the_pixels_of_every_image():
     x = to_input(images(6), CPU)
     moved = corruption_of(images(6)).moved(x, 0.5)

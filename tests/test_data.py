@@ -1,6 +1,4 @@
-import pickle
 import shutil
-import struct
 import warnings
 
 import numpy as np
@@ -8,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10
 
 from ganomaly import data, images
 from ganomaly.batches import Batches, fitted_scale, to_input
@@ -26,16 +23,16 @@ def folder(category="parts", **values) -> Config:
 # Files
 
 
-@pytest.mark.parametrize("suffix", sorted({*images.SUFFIXES, *map(str.upper, images.SUFFIXES)}))
 @pytest.mark.parametrize("channels", (1, 3))
-def test_every_suffix_is_read(tmp_path, suffix, channels):
-    path = tmp_path / f"image{suffix}"
-    Image.new("RGB", (50, 30), (200, 100, 50)).save(path)
-    pixels = read_image(path, 32, channels)
-    assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+def test_every_suffix_is_read(tmp_path, channels):
     expected = [124] if channels == 1 else [200, 100, 50]  # ITU-R 601: .299 R + .587 G + .114 B
-    assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
-    assert images.image_files(tmp_path) == [path]
+    for suffix in images.SUFFIXES:
+        path = tmp_path / f"image{suffix}"
+        Image.new("RGB", (50, 30), (200, 100, 50)).save(path)
+        pixels = read_image(path, 32, channels)
+        assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+        assert np.abs(pixels.mean((1, 2)) - expected).max() < 3
+    assert len(images.image_files(tmp_path)) == len(images.SUFFIXES)
 
 
 def grey(mode: str) -> Image.Image:
@@ -47,20 +44,16 @@ def grey(mode: str) -> Image.Image:
         return Image.fromarray(wide.byteswap().view(">u2") if mode == "I;16B" else wide)
     if mode == "I":
         return Image.fromarray(ramp.astype(np.int32) * 257)
+    if mode == "transparent":  # a palette
+        image = grey("RGB").quantize(4)
+        image.info["transparency"] = bytes([255, 255, 128, 255])
+        return image
     return Image.fromarray(ramp).convert(mode)
 
 
-def transparent() -> Image.Image:
-    """Black left and white right, a palette with transparency."""
-    image = grey("RGB").quantize(4)
-    image.info["transparency"] = bytes([255, 255, 128, 255])
-    return image
-
-
 MODES = [
-    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"),
-    ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"),
-    ("RGBA", "webp"), ("L", "bmp"), ("L", "jpg"), ("transparent", "png"),
+    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png"),
+    ("I;16B", "tif"), ("I", "tif"), ("CMYK", "jpg"), ("transparent", "png"),
 ]  # fmt: skip
 
 
@@ -68,7 +61,7 @@ MODES = [
 @pytest.mark.parametrize("channels", (1, 3))
 def test_every_mode_is_read_at_its_full_range_without_a_warning(tmp_path, mode, suffix, channels):
     path = tmp_path / f"image.{suffix}"
-    (transparent() if mode == "transparent" else grey(mode)).save(path)
+    grey(mode).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels = read_image(path, 32, channels)
@@ -89,24 +82,6 @@ def test_any_aspect_is_squashed_to_a_square(tmp_path):
     for size in ((1, 1), (3, 500), (500, 3), (900, 900)):
         Image.new("L", size, 77).save(tmp_path / "a.png")
         assert (read_image(tmp_path / "a.png", 32, 1) == 77).all()
-
-
-def test_bad_images_are_all_listed_with_their_reason(tmp_path):
-    root = draw_category(tmp_path / "parts")
-    good = root / "train" / "good"
-    (good / "text.png").write_text("hello")
-    (good / "zero.png").write_bytes(b"")
-    whole = (good / "000.png").read_bytes()
-    (root / "test" / "good" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.ones((9, 9), np.float32)).save(good / "float.tif")
-    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(good / "wide.tif")
-    with pytest.raises(UserError) as error:
-        data.load(folder(), tmp_path)
-    text = str(error.value)
-    assert text.startswith("5 images cannot be read") and "\n" not in text
-    for part in ("text.png (not an image)", "zero.png (empty file)", "cut.png (", "float.tif ("):
-        assert part in text
-    assert "wide.tif (32-bit pixels have no known range" in text
 
 
 # Folders
@@ -138,39 +113,11 @@ def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
         assert len(as_set(category.train) | as_set(category.calibration)) == 24
 
 
-@pytest.mark.parametrize(
-    "n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50), (60, 0.1, 10)]
-)
+@pytest.mark.parametrize("n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50)])
 def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
     config = folder(calibration_fraction=fraction)
     kept, held_out = data.split_calibration(n, config)
     assert len(held_out) == expected and len(kept) == n - expected
-
-
-def test_images_are_known_by_their_content(tmp_path):
-    def hashes(root="0"):
-        return data.image_hashes(folder(), tmp_path / root)
-
-    for root, seed in (("0", 0), ("again", 0), ("other", 1)):
-        draw_category(tmp_path / root / "parts", seed=seed)
-    before = hashes()
-    assert before == hashes("again")
-    assert all(before[part] != hashes("other")[part] for part in ("train_images", "test_images"))
-    with pytest.raises(UserError, match="no folder"):
-        hashes("nowhere")
-    assert data.image_hashes(resolve({}), None) == {}
-    # Uncompressed images have one size, whatever is on them
-    bitmap = tmp_path / "0/parts/train/good/000.bmp"
-    trained = []
-    for level in (60, 200):
-        Image.new("L", (40, 40), level).save(bitmap)
-        trained.append(hashes()["train_images"])
-        assert hashes()["test_images"] == before["test_images"]
-    assert trained[0] != trained[1]
-    # A mask belongs to the test images
-    draw_mask(tmp_path / "0/parts", "000_mask.png", slice(0, 2))
-    assert hashes()["train_images"] == trained[1]
-    assert hashes()["test_images"] != before["test_images"]
 
 
 def test_other_files_are_ignored_and_other_photographs_are_told(tmp_path, capsys):
@@ -185,21 +132,12 @@ def test_other_files_are_ignored_and_other_photographs_are_told(tmp_path, capsys
     assert "2 .heic; convert" in capsys.readouterr().err
 
 
-def test_the_root_may_be_the_category_and_test_images_may_be_absent(parts, tmp_path):
-    category = data.load(folder(None), parts / "parts")
-    assert category.name == "parts" and len(category.test) == 9
-    draw_category(tmp_path / "parts", n_good=0, defects=())
-    category = data.load(folder(), tmp_path)
-    assert len(category.test) == len(category.test_labels) == 0
-
-
 @pytest.mark.parametrize(
     "counts, words",
     [
         (dict(n_good=0), "no images in test/good"),
         (dict(n_bad=0, defects=()), "no defective images"),
         (dict(n_train=0), "no images"),
-        (dict(n_train=1), "1 training images.*at least 20"),
         (dict(n_train=19), "19 training images.*at least 20"),
     ],
 )
@@ -212,16 +150,12 @@ def test_sets_that_cannot_work_are_refused(tmp_path, counts, words):
 
 def test_missing_data_names_the_folder_and_the_mend(tmp_path, parts):
     for values, root, words in (
-        (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*CC BY-NC-SA"),
-        (dict(category="bottle"), tmp_path, "make download"),
-        (dict(dataset="folder", category="prats"), parts, "categories there: parts"),
+        (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*make downl"),
         (dict(dataset="folder", category="parts"), parts.parent, f"for --data-root {parts}$"),
         (dict(category="3"), tmp_path, "--dataset digits, mnist has it"),
         (dict(category="botle"), tmp_path, "did you mean 'bottle'"),
         (dict(dataset="mnist", category="3"), tmp_path, "--download .*fetches it"),
-        (dict(dataset="cifar10", category="cat"), tmp_path, "--download .*fetches it"),
         (dict(dataset="cifar10"), tmp_path, "needs one of plane"),
-        (dict(dataset="cifar10", category="frogg"), tmp_path, "no 'frogg'; did you mean 'frog'"),
     ):
         with pytest.raises(UserError, match=words):
             data.load(resolve(values), root)
@@ -237,7 +171,6 @@ def test_advice_names_what_is_there(tmp_path, parts):
         # The parent of the categories, and no category
         (folder(None), tmp_path / "set", "there: bottle; choose one with --category .CATEGORY=."),
         (folder("screw"), tmp_path / "set", "categories there: bottle; put images"),
-        (resolve({"category": "screw"}), tmp_path / "set", "there: bottle; .*make download DATA_R"),
     ):
         with pytest.raises(UserError, match=advice):
             data.load(config, root)
@@ -245,88 +178,60 @@ def test_advice_names_what_is_there(tmp_path, parts):
     shutil.copytree(tmp_path / "set/bottle/train/good", tmp_path / "photographs" / "caps")
     with pytest.raises(UserError, match="categories there: caps; choose one"):
         data.load(folder(None), tmp_path / "photographs")
-    assert data.categories_of(folder(None), tmp_path / "photographs") == ["caps"]
-    assert data.categories_of(folder(None), tmp_path / "photographs" / "caps") == [None]
-    assert data.categories_of(folder(None), tmp_path / "set" / "bottle") == [None]
-    assert data.categories_of(folder(None), tmp_path / "set") == ["bottle"]
+    for place, expected in (("photographs", "caps"), ("photographs/caps", None), ("set", "bottle")):
+        assert data.categories_of(folder(None), tmp_path / place) == [expected]
 
 
 # One class out
 
 
-@pytest.mark.parametrize("category", ("0", "7"))
-def test_digits_follow_the_paper_protocol(category):
+def test_digits_follow_the_paper_protocol():
     target = load_digits().target
-    anomalies = int((target == int(category)).sum())
+    anomalies = int((target == 7).sum())
     normals = len(target) - anomalies
     c, again, other = (
-        data.load(resolve({"dataset": "digits", "category": category, "seed": seed}))
+        data.load(resolve({"dataset": "digits", "category": "7", "seed": seed}))
         for seed in (42, 42, 1)
     )
     assert len(c.train) + len(c.calibration) == round(0.8 * normals)
     assert (c.test_labels == 0).sum() == normals - round(0.8 * normals)
     assert c.test_labels.sum() == anomalies  # every one is tested
     for path, label in zip(c.test_paths, c.test_labels):
-        assert (path.split("/")[0] == category) == label
+        assert (path.split("/")[0] == "7") == label
     assert c.train.shape[1:] == (1, 32, 32)
     assert c.train.min() == 0 and c.train.max() == 255
     assert c.test_paths == again.test_paths != other.test_paths
 
 
-def test_no_normal_image_is_in_two_parts():
-    all_images = [np.full((8, 8), i, np.uint8) for i in range(200)]
-    classes, config = np.arange(200) % 10, resolve({"category": "4", "dataset": "digits"})
-    c = data.load_one_class_out(config, all_images, classes)
-    parts = [set(part.flatten(1)[:, 0].tolist()) for part in (c.train, c.calibration, c.test)]
-    assert sum(map(len, parts)) == 200 and set.union(*parts) == set(range(200))
-    for path, label in zip(c.test_paths, c.test_labels):
-        assert label == (int(path.split("/")[1]) % 10 == 4)
+@pytest.mark.parametrize("dataset, category", [("mnist", "3"), ("cifar10", "frog")])
+def test_mnist_and_cifar10_are_pooled_and_one_class_is_out(dataset, category, monkeypatch):
+    class Stored:
+        """A data set of torchvision: an image is its number, whose last digit is its class."""
 
+        def __init__(self, root, train, download):
+            numbers = np.arange(160) if train else np.arange(160, 200)
+            self.targets = (numbers % 10).tolist()
+            shape = (28, 28) if dataset == "mnist" else (32, 32, 3)
+            self.data = np.stack([np.full(shape, number, np.uint8) for number in numbers])
 
-def write_idx(path, array: np.ndarray) -> None:
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
-def test_mnist_is_read_by_torchvision_from_its_own_files(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, n in (("train", 80), ("t10k", 20)):
-        labels = np.arange(n) % 10
-        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
-        write_idx(raw / f"{part}-images-idx3-ubyte", np.ones((n, 28, 28)) * labels[:, None, None])
-    c = data.load(resolve({"dataset": "mnist", "category": "3"}), tmp_path)
-    assert (len(c.train), len(c.calibration), len(c.test)) == (58, 14, 28)
-    assert c.test_labels.sum() == 10 and (c.test[c.test_labels == 1] == 3).all()
-    assert not (c.train == 3).any() and not (c.calibration == 3).any()
+    monkeypatch.setattr(f"torchvision.datasets.{dataset.upper()}", Stored)
     data.arrays.cache_clear()
-    (raw / "t10k-images-idx3-ubyte").write_bytes(b"")
-    with pytest.raises(UserError, match="no complete mnist"):
-        data.load(resolve({"dataset": "mnist", "category": "3"}), tmp_path)
-
-
-def test_cifar10_is_read_by_torchvision_from_its_own_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        labels = [i % 10 for i in range(20)]
-        planes = np.zeros((20, 3, 1024), np.uint8)
-        planes[:, 0] = np.array(labels)[:, None]  # the class in the red channel
-        content = {"data": planes.reshape(20, 3072), "labels": labels}
-        (folder / name).write_bytes(pickle.dumps(content))
-    c = data.load(resolve({"dataset": "cifar10", "category": "frog"}), tmp_path)
-    assert c.train.shape[1:] == (3, 32, 32)
-    assert (len(c.train), len(c.calibration), len(c.test)) == (69, 17, 34)
-    assert (c.test[c.test_labels == 1][:, 0] == data.CIFAR10.index("frog")).all()
-    assert not (c.train[:, 0] == 6).any() and (c.train[:, 1:] == 0).all()
+    c = data.load(resolve({"dataset": dataset, "category": category}))
+    data.arrays.cache_clear()
+    assert c.train.shape[1:] == ((1 if dataset == "mnist" else 3), 32, 32)
+    assert (len(c.train), len(c.calibration), len(c.test)) == (115, 29, 56)
+    # No image is in two parts
+    parts = [set(part.flatten(1)[:, 0].tolist()) for part in (c.train, c.calibration, c.test)]
+    assert set.union(*parts) == set(range(200))
+    for path, label in zip(c.test_paths, c.test_labels):
+        kind, number = path.split("/")
+        assert label == (int(number) % 10 == {"3": 3, "frog": 6}[category]) == (kind == category)
 
 
 # Batches
 
 
-@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (60, 64), (167, 16)])
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8)])
 def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
     pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None]
     batches = Batches(pixels, batch_size, torch.Generator().manual_seed(0))
@@ -336,35 +241,6 @@ def test_no_image_is_left_out_of_a_pass_and_batches_are_equal(n, batch_size):
     passes = stream[: len(stream) // n * n].reshape(-1, n)
     assert (passes.sort(1).values == torch.arange(n)).all()
     assert not torch.equal(passes[0], passes[1]) or n < 4
-
-
-def test_batches_go_on_exactly_from_their_state():
-    pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
-    batches = Batches(pixels, 4, torch.Generator().manual_seed(0))
-    batches.next()
-    state = batches.state_dict()
-    expected = [batches.next() for _ in range(9)]
-    again = Batches(pixels, 4, torch.Generator())
-    again.load_state_dict(state)
-    assert all(torch.equal(a, again.next()) for a in expected)
-
-
-def test_to_input_spans_minus_one_to_one():
-    x = to_input(torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1), CPU)
-    assert x.flatten().tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
-
-
-def test_decode_keeps_order_and_a_bounded_lead(tmp_path, monkeypatch):
-    for i in range(30):
-        Image.new("L", (4, 4), i).save(tmp_path / f"{i:02}.png")
-    monkeypatch.setattr(images, "AHEAD", 3)
-    started = []
-    real = images.read_image
-    monkeypatch.setattr(images, "read_image", lambda *a: started.append(a) or real(*a))
-    stream = images.decode(sorted(tmp_path.iterdir()), 32, 1)
-    assert next(stream)[0, 0, 0] == 0
-    assert len(started) <= 4
-    assert [int(pixels[0, 0, 0]) for pixels in stream] == list(range(1, 30))
 
 
 # Masks
@@ -392,6 +268,16 @@ def test_masks_are_of_their_images_at_the_network_s_size_or_there_are_none(tmp_p
     rows = [mask.any(1).nonzero().flatten().tolist() for mask in masks]
     assert rows == [[0], list(range(10, 20)), [], [], [], []]
     assert category.test_paths[:2] == ["test/a_bar/000.png", "test/a_bar/001.png"]
+
+
+def test_a_mask_belongs_to_the_test_images_and_other_sets_have_no_hashes(tmp_path):
+    parts = draw_category(tmp_path / "parts")
+    before = data.image_hashes(folder(), tmp_path)
+    draw_mask(parts, "000_mask.png", slice(0, 2))
+    after = data.image_hashes(folder(), tmp_path)
+    assert after["train_images"] == before["train_images"]
+    assert after["test_images"] != before["test_images"]
+    assert data.image_hashes(resolve({}), None) == {}
 
 
 # Photometric normalisation
@@ -425,14 +311,10 @@ def test_normalisation_of_an_image_without_content_is_finite_and_quiet():
     assert fitted_scale(flat[:2]) == 0.05
 
 
-@pytest.mark.parametrize("kind", ("two levels", "noise with a tail"))
-def test_the_scale_lets_normal_images_fill_the_range(kind):
+def test_the_scale_lets_normal_images_fill_the_range():
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(50, 3, 32, 32, generator=rng)
-    if kind == "two levels":
-        pixels = (150 + 60 * noise.sign()).byte()
-    else:
-        pixels = (100 + 10 * noise + 2 * noise**3).clamp(0, 255).byte()
+    pixels = (100 + 10 * noise + 2 * noise**3).clamp(0, 255).byte()  # with a tail
     before = pixels.clone()
     x = to_input(pixels, CPU, fitted_scale(pixels))
     assert torch.equal(pixels, before)
@@ -484,13 +366,11 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypa
 
 def test_free_memory_is_what_the_system_and_the_container_say(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "GROUP", tmp_path)
-    free = images.free_memory()
-    if free is None:
+    if images.free_memory() is None:
         pytest.skip("this system does not say")
-    assert free > 10**7
-    (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("3000000\n")
     (tmp_path / "memory.stat").write_text("active_file 100000\ninactive_file 200000\nother 7\n")
+    (tmp_path / "memory.max").write_text("5000000\n")
     assert images.free_memory() == 5_000_000 - 3_000_000 + 300_000
     (tmp_path / "memory.max").write_text("max\n")
     assert images.free_memory() > 10**7

@@ -1,23 +1,17 @@
 """What a finished run is known by, its images, config and code; --force; its lock; evaluate.py."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
+from ganomaly.files import locked
 from ganomaly.runs import provenance
 
 from .conftest import (
-    ROOT,
     benchmark_words,
     contents,
     draw,
-    draw_category,
     folder_of,
     numbers,
     printed,
@@ -73,32 +67,27 @@ def test_a_named_experiment_keeps_its_recipe_until_forced(script, parts, tmp_pat
 
 
 def test_images_replaced_in_place_are_other_images(script, tmp_path):
-    def bmp(place: str, low: int, n: int) -> None:
-        """Uncompressed images: n of the same names and sizes, of other pixels for another low."""
-        rng = np.random.default_rng(low)
-        folder = tmp_path / "images/parts" / place
-        folder.mkdir(parents=True, exist_ok=True)
+    def bmps(place: str, seed: int, n: int) -> None:
+        """Uncompressed images: n of the same names and sizes, of other pixels by the seed."""
+        rng = np.random.default_rng(seed)
         for i in range(n):
-            pixels = rng.integers(low, low + 30, (40, 40), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:02}.bmp")
+            draw(tmp_path / "images/parts" / place / f"{i:02}.bmp", rng)
 
     for place, n in (("train/good", 24), ("test/good", 4), ("test/bad", 4)):
-        bmp(place, 60, n)
+        bmps(place, 0, n)
     words, page = train_words(tmp_path / "images", tmp_path), tmp_path / "local/report.html"
     report = ["report", "--experiments-dir", tmp_path, "--data-root", tmp_path / "images"]
     printed(script("train", *words))
     printed(script(*report))
     assert "data:image/png" in page.read_text()
-    bmp("test/bad", 200, 4)
+    bmps("test/bad", 1, 4)
     printed(script(*report))
     assert "its test images changed since; make evaluate" in page.read_text()
-    bmp("train/good", 200, 24)
-    draw_category(tmp_path / "other/parts", n_train=30, seed=5)
+    bmps("train/good", 1, 24)
     before = contents(folder_of(tmp_path))
-    for root in ("images", "other"):
-        for command in (["train"], ["train", "--dry-run"], ["evaluate"]):
-            line = refusal(script(*command, *words, "--data-root", tmp_path / root))
-            assert "trained on other images" in line and "ARGS=--force" in line
+    for command in (["train"], ["train", "--dry-run"], ["evaluate"]):
+        line = refusal(script(*command, *words))
+        assert "trained on other images" in line and "ARGS=--force" in line
     assert "no folder" in refusal(script("train", *words, "--data-root", tmp_path / "nowhere"))
     assert contents(folder_of(tmp_path)) == before
     printed(script("train", *words, "--force"))
@@ -146,60 +135,35 @@ def test_other_code_is_refused_with_the_modules_names(
     assert printed(script("train", *words)).startswith("trained already")
 
 
-@pytest.mark.slow
 def test_force_takes_back_our_files_only_and_survives_a_kill(
-    script, parts, trained, tmp_path, monkeypatch
+    script, parts, finished, tmp_path, monkeypatch
 ):
-    more = ["--steps=8", "--lr=1e-3"]
-    expected = numbers(train(parts, tmp_path / "new", *more))
-    unlink, removed = type(tmp_path).unlink, []
+    words = train_words(parts, tmp_path, "--steps=8", "--lr=1e-3")
+    (finished / ".ipynb_checkpoints").mkdir()
+    (finished / "notes.txt").write_text("mine")
+    unlink = type(tmp_path).unlink
 
-    def dying(path, *args, **kwargs):
-        removed.append(path.name)
-        if len(removed) == n:
-            raise KeyboardInterrupt
-        return unlink(path, *args, **kwargs)
+    def dying(path, *args, **kwargs):  # each time it has taken back one file more
+        unlink(path, *args, **kwargs)
+        raise KeyboardInterrupt
 
-    for n in range(1, 9):
-        out = tmp_path / str(n)
-        shutil.copytree(trained, out)
-        folder, words = folder_of(out), train_words(parts, out, *more)
-        (folder / ".ipynb_checkpoints").mkdir()
-        (folder / "notes.txt").write_text("mine")
-        removed.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(type(folder), "unlink", dying)
-            assert script("train", *words, "--force")[0] == 130
+    while (finished / "log.jsonl").exists():  # the last but TensorBoard's and config.json
         assert "another config" in refusal(script("train", *words))  # half taken back
-        printed(script("train", *words, "--force"))
-        assert numbers(folder) == expected and (folder / "notes.txt").read_text() == "mine"
+        with monkeypatch.context() as patch:
+            patch.setattr(type(finished), "unlink", dying)
+            assert script("train", *words, "--force")[0] == 130
+    printed(script("train", *words, "--force"))
+    expected = numbers(train(parts, tmp_path / "new", "--steps=8", "--lr=1e-3"))
+    assert numbers(finished) == expected and (finished / "notes.txt").read_text() == "mine"
 
 
-def holder(folder: Path) -> subprocess.Popen:
-    """A process that holds a folder's lock."""
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
-        f"from ganomaly.files import locked\n"
-        f"with locked(Path({str(folder)!r})): print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-@pytest.mark.slow
-def test_a_second_process_on_a_run_stops_and_a_dead_one_is_no_hindrance(script, parts, tmp_path):
-    words, folder = train_words(parts, tmp_path), folder_of(tmp_path)
-    for commands, last in ((["train"], "train"), (["train", "evaluate"], "evaluate")):
-        other = holder(folder)
-        before = contents(folder)
-        for command in commands:
-            line = refusal(script(command, *words))
+def test_a_run_on_which_another_process_is_at_work_is_refused(script, parts, finished, tmp_path):
+    with locked(finished):
+        before = contents(finished)
+        for command in ("train", "evaluate"):
+            line = refusal(script(command, *train_words(parts, tmp_path)))
             assert "another process is at work on this run" in line
-        assert contents(folder) == before and ".lock" in before
-        other.kill()
-        other.wait()
-        printed(script(last, *words))
+        assert contents(finished) == before
 
 
 def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finished, tmp_path):

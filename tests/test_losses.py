@@ -50,7 +50,7 @@ def test_comparator_is_the_focal_loss():
     assert losses.comparator(logits, mask).item() == pytest.approx(total / 40, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16, torch.float32))
+@pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16))
 def test_losses_are_float32_whatever_comes_in(kind):
     a, b = torch.ones(2, 3, 4, 4, dtype=kind), torch.zeros(2, 3, 4, 4, dtype=kind)
     for name in ("adversarial", "contextual", "encoder", "discriminator", "comparator"):

