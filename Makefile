@@ -49,8 +49,8 @@ download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=m
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=
 	@$(PYTHON) scripts/train.py $(recipe) $(place)
 
-# With WORKERS torchrun starts that many processes, which share the runs; where one dies all start
-# again and go on. What none of them could do is then told once, by the exit code too.
+# With WORKERS torchrun starts that many processes, which share the runs. If one dies, torchrun starts
+# all of them again. Then the script runs once more alone: it lists the failures and sets the exit code.
 benchmark: $(READY) ## one recipe over all categories: RECIPE= CATEGORIES="a b" SEEDS="42 43" EXPERIMENT= WORKERS=
 	@$(if $(WORKERS),{ WORLD_SIZE="$(WORKERS)" $(PYTHON) $(words_of_benchmark) --dry-run >/dev/null || \
 		[ $$? = 1 ]; } && OMP_NUM_THREADS=1 $(PYTHON) -m \
@@ -71,16 +71,16 @@ predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPU
 export: $(READY) ## one file that scores images with torch alone: MODEL=.../model.pt OUTPUT=file.pt2
 	@$(PYTHON) scripts/export.py $(call flag,MODEL,--model) $(call flag,OUTPUT,--output) $(ARGS)
 
-report: $(READY) ## an experiment as one HTML page: EXPERIMENT= DATA_ROOT= for the images it errs on
+report: $(READY) ## an experiment as one HTML page: EXPERIMENT= DATA_ROOT= also shows the worst errors
 	@$(PYTHON) scripts/report.py $(call flag,EXPERIMENT,--experiment) $(place)
 
 board: $(READY) ## look at losses and reconstructions in TensorBoard: EXPERIMENT=
 	@$(PYTHON) -m tensorboard.main --logdir "experiments/$(or $(EXPERIMENT),local)"
 
-speed: $(READY) ## what this machine does in a second, beside its roof: EXPERIMENT= ARGS=
+speed: $(READY) ## measure speed, compared with the machine's limit: EXPERIMENT= ARGS=
 	@$(PYTHON) scripts/speed.py $(call flag,EXPERIMENT,--experiment) $(place)
 
-test: $(READY) ## ruff and pytest, in as many processes as there are cores: as far as they are installed
+test: $(READY) ## ruff and pytest on all cores; a missing ruff or xdist is skipped
 	@if $(PYTHON) -c "import ruff" 2>/dev/null; \
 		then $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .; \
 		else echo "no ruff with $(PYTHON): the code is not linted"; fi

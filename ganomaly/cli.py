@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
     def add_config_flags(self) -> None:
         """--config and one flag a Config field, with dashes."""
         others = ", ".join(DATASET_DEFAULTS)
-        group = self.add_argument_group(f"config; [defaults], of which {others} have others")
+        group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():
             choices = f": {allowed(key)}" if key.metadata["choices"] else ""
@@ -75,8 +75,8 @@ class Parser(argparse.ArgumentParser):
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags.
 
-        A --dataset other than the file's brings all of its own defaults, as its images are of
-        another size: what the file's dataset changed of the defaults is taken back.
+        If --dataset differs from the file's, the file's values for the old data set are removed and
+        the new one's defaults are used: its images have another size.
         """
         values = {}
         if args.config:
@@ -138,7 +138,7 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which trained model, and where its threshold is."""
+    """The model's file, and the threshold's quantile."""
     parser.add_argument(
         "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
     )

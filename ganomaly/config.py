@@ -165,9 +165,10 @@ def resolve(values: dict) -> Config:
 
     The default dataset is mvtec where a category is given, else digits.
     """
+    # A category of None counts as not given
     given = {k: v for k, v in values.items() if not (k == "category" and v is None)}
     dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")
-    # Config refuses a wrong dataset. One from JSON may be unhashable.
+    # JSON may hold a list here, which dict.get cannot look up. Config refuses it below
     defaults = DATASET_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {}
     return Config(**{**defaults, **given})
 

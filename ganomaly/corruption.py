@@ -18,7 +18,7 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 
 MASKS = 600  # drawn once a run, then flipped and moved for every image
-DRAWN = 128  # pixels; larger masks are enlarged from this side
+MASK_SIDE = 128  # pixels; larger masks are enlarged from this side
 
 
 class Corruption:
@@ -35,8 +35,9 @@ class Corruption:
         if device.type != "cpu":
             self.rng = torch.Generator(device).manual_seed(config.seed)
         size = config.image_size
-        masks = torch.stack([draw_mask(min(size, DRAWN), self.host) for _ in range(MASKS)])[:, None]
-        if size > DRAWN:
+        side = min(size, MASK_SIDE)
+        masks = torch.stack([draw_mask(side, self.host) for _ in range(MASKS)])[:, None]
+        if size > MASK_SIDE:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(device)
         # The spread of colours. Grey images stay grey: a colour would give the corrupted ones away
@@ -85,8 +86,8 @@ class Corruption:
         n, _, size, _ = x.shape
         alpha = self.moved(self.masks[self.integers(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
-        # A piece of another image, or of itself. The index is drawn on the host: the images may be
-        # on either side, and the draws must not depend on that
+        # A piece of another image, or of itself. The training images may be on the GPU or in host
+        # memory. Drawing on the host gives the same indices in both cases
         picked = torch.randint(len(self.images), (n,), generator=self.host)
         other = self.images[picked.to(self.images.device, non_blocking=True)]
         other = to_input(other, self.device, self.scale)

@@ -56,16 +56,17 @@ class Detector:
     scale: float | None = None  # of the normalised input, see batches.to_input
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
-    fast: dict[str, nn.Module] = field(init=False, repr=False)  # the networks that score
+    scoring_networks: dict[str, nn.Module] = field(init=False, repr=False)
 
     def __post_init__(self):
         self.networks = copy.deepcopy(self.networks)
         for network in self.networks.values():
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)
-        self.fast = dict(self.networks)
+        self.scoring_networks = dict(self.networks)
         if can_pack(self.device):  # the comparator's 3x3 layers would gain nothing
-            self.fast |= {n: packed(self.networks[n]) for n in ("generator", "discriminator")}
+            for name in ("generator", "discriminator"):
+                self.scoring_networks[name] = packed(self.networks[name])
 
     @property
     def batch(self) -> int:
@@ -77,7 +78,7 @@ class Detector:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
         x = to_input(pixels, self.device, self.scale)
         with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return outputs_of(self.fast, x)
+            return outputs_of(self.scoring_networks, x)
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -86,7 +87,7 @@ class Detector:
 
     @property
     def missing_scores(self) -> set[str]:
-        """Scores that are newer than the calibration; calibrate() adds them."""
+        """Scores that the code has and this calibration lacks; calibrate() adds them."""
         return set(self.config.scores) - self.calibration.scores.keys()
 
     @property
@@ -116,7 +117,7 @@ class Detector:
         scores = self.scores(images)[c.score] if len(images) else torch.empty(0)
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
-    def each(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
+    def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
         """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
         parts = pixels.split(self.batch)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
@@ -128,7 +129,7 @@ class Detector:
 
         UserError where one is not finite, as after a training that diverged.
         """
-        parts = self.each(pixels, lambda o: scoring.raw_scores(o, self.config.scores))
+        parts = self.map_batches(pixels, lambda o: scoring.raw_scores(o, self.config.scores))
         scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
         raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
         check_finite({**raw.scores, "z - z_hat": raw.gaps})
@@ -141,11 +142,11 @@ class Detector:
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         known = self.calibration.statistics
-        return torch.cat(self.each(pixels, lambda o: scoring.heat_map(o, known).cpu()))
+        return torch.cat(self.map_batches(pixels, lambda o: scoring.heat_map(o, known).cpu()))
 
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
-        parts = self.each(pixels, lambda o: o.x_hat.cpu())
+        parts = self.map_batches(pixels, lambda o: o.x_hat.cpu())
         return from_input(torch.cat(parts), pixels, self.scale)
 
     def state(self) -> dict:

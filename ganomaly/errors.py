@@ -30,7 +30,10 @@ INSTALL = "use make without PYTHON=, or python3 -m pip install -r requirements.t
 
 
 def describe(error: BaseException) -> str | None:
-    """One line for a user's, the system's or the machine's error; None for a bug of ours."""
+    """One line for a UserError, an OSError, a missing package or too little memory.
+
+    None for a bug of ours.
+    """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):

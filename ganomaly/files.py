@@ -29,12 +29,12 @@ def locked(folder: Path, wait: bool = False):
     Raises Busy at once where another process has it, unless `wait`. The lock's file stays: its
     removal would be an error to processes that wait for it.
     """
-    with naming(folder / LOCK):
+    with path_in_error(folder / LOCK):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a")
     with file:
         try:
-            with naming(folder / LOCK):
+            with path_in_error(folder / LOCK):
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise Busy(f"{folder}: another process is at work on this run") from None
@@ -42,7 +42,7 @@ def locked(folder: Path, wait: bool = False):
 
 
 @contextlib.contextmanager
-def naming(path: Path):
+def path_in_error(path: Path):
     """Put the path into an OSError without a file name, such as a failed write's."""
     try:
         yield
@@ -59,7 +59,7 @@ def replacing(path: Path):
     # Random, as process numbers repeat in containers that share a file system
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with naming(path):
+        with path_in_error(path):
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
@@ -88,7 +88,7 @@ def is_stream(path: Path) -> bool:
 def write_output(path: Path, content: bytes | str) -> None:
     """Write a file that a user named. A link stays and its target is replaced."""
     if is_stream(path):
-        with naming(path):
+        with path_in_error(path):
             path.write_bytes(as_bytes(content))
     else:
         write_atomic(Path(os.path.realpath(path)), content)

@@ -29,7 +29,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
 AHEAD = 256  # images decoded in advance
-GROUP = Path("/sys/fs/cgroup")  # where a container sees its own limits
+CGROUP = Path("/sys/fs/cgroup")  # where a container sees its own limits
 
 # Pillow warns of large images and of unusual camera tags; neither is a problem.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -109,8 +109,8 @@ def free_memory() -> int | None:
     except (OSError, StopIteration):
         return None
     try:
-        limit, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no limit
         return free
     # Cached files count as used, but the system drops them where memory is needed

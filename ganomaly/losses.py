@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def full(t: Tensor) -> Tensor:
+def as_float32(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -20,7 +20,7 @@ def adversarial(f: Tensor, f_hat: Tensor) -> Tensor:
 
     f, f_hat: the discriminator's features (B, K, 4, 4) of x and x_hat.
     """
-    return F.mse_loss(full(f_hat), full(f))
+    return F.mse_loss(as_float32(f_hat), as_float32(f))
 
 
 def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
 
     x, x_hat: images (B, C, S, S), x_hat in [-1, 1].
     """
-    return F.l1_loss(full(x_hat), full(x))
+    return F.l1_loss(as_float32(x_hat), as_float32(x))
 
 
 def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
 
     z, z_hat: latents (B, latent_dim).
     """
-    return F.mse_loss(full(z_hat), full(z))
+    return F.mse_loss(as_float32(z_hat), as_float32(z))
 
 
 def discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
     real, fake: logits (B,) of x and of x_hat.
     """
-    real, fake = full(real), full(fake)
+    real, fake = as_float32(real), as_float32(fake)
     return 0.5 * (
         F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
         + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
@@ -57,7 +57,7 @@ def comparator(logits: Tensor, mask: Tensor) -> Tensor:
     logits: (B, S, S), of "this pixel is corrupted"; mask: (B, S, S), 1 where it is, else 0.
     p is the probability of the true answer. Corrupted pixels are few and have w = 5, others 1.
     """
-    mask = full(mask)
-    cross_entropy = F.binary_cross_entropy_with_logits(full(logits), mask, reduction="none")
+    mask = as_float32(mask)
+    cross_entropy = F.binary_cross_entropy_with_logits(as_float32(logits), mask, reduction="none")
     missed = (1 - torch.exp(-cross_entropy)).square()
     return ((1 + 4 * mask) * missed * cross_entropy).mean()

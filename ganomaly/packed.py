@@ -37,7 +37,7 @@ class Packed(nn.Module):
 
 
 def packed(module: nn.Module) -> nn.Module:
-    """A copy of a module on a CPU, for inference only; it shares all but convolutions' weights."""
+    """A copy of a module on a CPU, for inference only. Only the convolutions' weights are new."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return Packed(module)
     copied = copy.copy(module)

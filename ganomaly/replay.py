@@ -63,7 +63,7 @@ class Replayed:
             before = [t.clone() for t in state]
             held = [x.clone() for x in inputs]
             replay = record(self.step, held, self.stream)
-            for _ in range(2):  # the second time in memory that the first has written to
+            for _ in range(2):  # the second replay starts with memory that the first has changed
                 assign(state, before)
                 replay()
             replayed = [t.clone() for t in state]
@@ -75,21 +75,21 @@ class Replayed:
         if not reason and not deviation(replayed, state, before) <= allowed:
             reason = "it computes something else"
         if reason:
-            message = f"no CUDA graph of the training step, which is slower without: {reason}"
+            message = f"training runs without a CUDA graph and is slower: {reason}"
             tqdm.write(message, file=sys.stderr)
         else:
             self.replay, self.inputs = replay, held
 
 
-def pays(steps: int, device: torch.device, scaler: torch.amp.GradScaler) -> bool:
+def worth_recording(steps: int, device: torch.device, scaler: torch.amp.GradScaler) -> bool:
     """Whether to record: on CUDA, not in short runs, not in fp16 (its scaler waits for the GPU)."""
     return device.type == "cuda" and steps >= MIN_STEPS and not scaler.is_enabled()
 
 
 def record(step: Callable, inputs: list[Tensor], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """Record step(*inputs) without computing it; the result computes it from the same memory."""
+    """Record step(*inputs) without running it; returns a function that runs it on these tensors."""
     graph = torch.cuda.CUDAGraph()
-    # A failed capture would leave its stream the current one
+    # The outer `with` restores the current stream where the capture fails
     with torch.cuda.stream(torch.cuda.current_stream(stream.device)):
         with torch.cuda.graph(graph, stream=stream):
             step(*inputs)

@@ -83,7 +83,7 @@ def comparator_map(o: Outputs) -> Tensor:
     return blurred(o.logits)
 
 
-def highest(m: Tensor) -> Tensor:
+def highest_hundredth(m: Tensor) -> Tensor:
     """Mean of the highest hundredth of a map's pixels: (B, S, S) -> (B,)."""
     pixels = m.flatten(1)
     return pixels.topk(max(1, int(0.01 * pixels.shape[1]))).values.mean(1)
@@ -98,8 +98,8 @@ PLAIN_SCORES = {
     "latent_l1": lambda o: (o.z - o.z_hat).abs().mean(1),
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
     "feature": lambda o: (o.f - o.f_hat).square().mean((1, 2, 3)),
-    "residual": lambda o: highest(residual_map(o)),
-    "gradient": lambda o: highest(gradient_map(o)),
+    "residual": lambda o: highest_hundredth(residual_map(o)),
+    "gradient": lambda o: highest_hundredth(gradient_map(o)),
     "comparator": lambda o: comparator_map(o).amax((1, 2)),
 }
 

@@ -24,7 +24,7 @@ from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError, flag, lost_device, out_of_memory, reason_of
 from ganomaly.networks import build, initialise
 
-TICK = 50  # steps between log records; only then does the host wait for the device
+LOG_EVERY = 50  # steps between log records; only then does the host wait for the device
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
 LR_COMPARATOR = 1e-3  # with Adam's default betas, as the comparator has no adversary
 
@@ -41,8 +41,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
     run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes its number of
-    steps, run.log(record) the mean losses of a tick. run.preview(step, networks, scale) may look at
-    the networks before each run.save(state). run.progress is a tqdm.
+    steps, run.log(record) the mean losses since the record before. run.preview(step, networks,
+    scale) may look at the networks before each run.save(state). run.progress is a tqdm.
 
     UserError where the checkpoint is of other images, other code or another kind of device, and
     where a loss or a weight is not finite. The last checkpoint stays.
@@ -79,7 +79,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     corruption, n = None, config.n_corrupted
     if n:
         parts["corruption"] = corruption = Corruption(batches.images, config, scale, device)
-    sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the last tick
+    sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0
 
     # Go on from a checkpoint, exactly
@@ -105,12 +105,12 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             ) from None
         step, seconds = state["step"], state["seconds"]
         run.skip(step)
-    pairs = [pair for name in averages for pair in floats(averages[name], networks[name])]
+    pairs = [pair for name in averages for pair in float_tensors(averages[name], networks[name])]
     averaged, latest = map(list, zip(*pairs))
 
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
-        # One forward pass serves both steps: D and G are each updated against the other's weights
-        # of before, as in the released code. BatchNorm statistics move once an image
+        # One forward pass serves both steps: D and G are each updated with the other's weights from
+        # before the step, as in the released code. BatchNorm statistics move once an image
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)
@@ -153,7 +153,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     # On a GPU the step is recorded once and then replayed
     update = one_step
-    if replay.pays(config.steps - step, device, scaler):
+    if replay.worth_recording(config.steps - step, device, scaler):
         update = replay.Replayed(
             one_step, lambda: [sums, *(part.state_dict() for part in learning.values())], device
         )
@@ -168,14 +168,15 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             x_in = torch.cat([corrupted, x[n:]])
         update(x, x_in, mask)
 
-        # Running average. Its decay starts small: else that of a short run is mostly first weights
+        # Running average. Its decay starts small: else a short run's would be mostly first weights
         step += 1
         update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
 
         # Log; stop where a number is not finite
-        tick, save = step % TICK == 0, step % config.checkpoint_every == 0 or step == config.steps
-        if tick or save:
-            since = (step - 1) % TICK + 1
+        log = step % LOG_EVERY == 0
+        save = step % config.checkpoint_every == 0 or step == config.steps
+        if log or save:
+            since = (step - 1) % LOG_EVERY + 1
             means = dict(zip(sums, (torch.stack([*sums.values()]) / since).tolist()))
             if not all(math.isfinite(value) for value in means.values()):
                 bad = ", ".join(f"{k} {v:g}" for k, v in means.items() if not math.isfinite(v))
@@ -187,7 +188,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                 raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
-        if tick:
+        if log:
             run.log({"step": step, **means, "images_per_second": speed})
             torch._foreach_zero_([*sums.values()])
         run.progress.update()
@@ -209,7 +210,7 @@ def update_average(average: list[Tensor], latest: list[Tensor], decay: float) ->
     torch._foreach_lerp_(average, latest, 1 - decay)
 
 
-def floats(*networks: nn.Module) -> list[tuple[Tensor, ...]]:
+def float_tensors(*networks: nn.Module) -> list[tuple[Tensor, ...]]:
     """A tuple for each parameter and BatchNorm statistic of equal networks, detached."""
     states = zip(*(network.state_dict().values() for network in networks))
     return [tensors for tensors in states if tensors[0].is_floating_point()]

@@ -30,8 +30,7 @@ def main(argv=None) -> int:
     asked = configuration.resolve(given)
     folder = cli.experiment_folder(args, args.experiment)
 
-    root = data.data_root_of(asked.dataset, args.data_root)
-    run = Run(folder, data.category_name(asked, root), asked)
+    run = Run(folder, data.category_name(asked, args.data_root), asked)
     if not run.finished:
         raise UserError(
             f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
@@ -43,7 +42,7 @@ def main(argv=None) -> int:
             if value not in (None, "auto") and value != getattr(config, name):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
         before = run.metrics()
-        setting = Setting(root, use_device(args.device), download=args.download)
+        setting = Setting(args.data_root, use_device(args.device), download=args.download)
         metrics = evaluate_again(run, setting)
     write_results(folder)
     changed = [key for key in metrics if key != "provenance" and metrics[key] != before[key]]

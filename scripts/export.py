@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     check(program.module(), detector, images)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that share memory, on a GPU; these do not
+        warnings.simplefilter("ignore")  # of shared weights on a GPU; these are not shared
         torch.export.save(program, buffer)
     write_output(output, buffer.getvalue())
     print(

@@ -120,8 +120,8 @@ def training(args) -> list[dict]:
 
 
 def scoring(args) -> list[dict]:
-    """One image, all scores, batch 1, one thread: milliseconds. The floor is its multiply-adds over
-    the roof in float32."""
+    """Milliseconds to compute all scores of one image on one thread. The floor is the image's
+    multiply-adds divided by the roof in float32."""
     rows, top = [], measure_roof(args.device, 1)["float32"]
     for recipe in ("paper", "calibrated"):
         config = load(EXPERIMENTS / recipe / "config.json")
@@ -132,13 +132,14 @@ def scoring(args) -> list[dict]:
         image = noise(config, 1)
         timing = Timer("d.scores(x)", globals={"d": detector, "x": image})
         runs = [timing.blocked_autorange(min_run_time=args.seconds) for _ in range(args.repeats)]
-        median = [1000 * run.median for run in runs]
-        detector.fast = networks  # torch's counter does not know packed layers
+        medians = [1000 * run.median for run in runs]
+        detector.scoring_networks = networks  # torch's counter does not know packed layers
         with FlopCounterMode(display=False) as counter:
             detector.scores(image)
-        floor = counter.get_total_flops() / 2e6 / top
-        over = statistics.median(median) / floor
-        rows.append({"recipe": recipe, "median": median, "floor": floor, "median_over_floor": over})
+        floor = counter.get_total_flops() / 2 / top / 1e6  # a multiply-add is two flops
+        over = statistics.median(medians) / floor
+        row = {"recipe": recipe, "median": medians, "floor": floor, "median_over_floor": over}
+        rows.append(row)
     return rows
 
 

@@ -40,9 +40,9 @@ def main(argv=None) -> int:
         return 0
     metrics, outcome = pipeline.run_one(config, folder, setting)
     write_results(folder)
-    if outcome == pipeline.BEFORE:
+    if outcome == pipeline.DONE_BEFORE:
         print(f"trained already; {flag('--force')} trains it anew")
-    elif outcome == pipeline.AGAIN:
+    elif outcome == pipeline.REEVALUATED:
         print("trained already; its test images changed, so it was evaluated again")
     print(summary(metrics, config.quantile))
     print(f"  written   {run_folder(folder, metrics['category'], config.seed)}")

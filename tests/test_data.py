@@ -365,7 +365,7 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypa
 
 
 def test_free_memory_is_what_the_system_and_the_container_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "GROUP", tmp_path)
+    monkeypatch.setattr(images, "CGROUP", tmp_path)
     if images.free_memory() is None:
         pytest.skip("this system does not say")
     (tmp_path / "memory.current").write_text("3000000\n")

@@ -130,8 +130,8 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
 
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
-    assert len(rows_of(mixed, alike=False)) == 2
-    text = markdown_of("local", mixed, alike=False)
+    assert len(rows_of(mixed, one_recipe=False)) == 2
+    text = markdown_of("local", mixed, one_recipe=False)
     assert "| 3 (digits, seed 1) |" in text and "| 3 (mnist, seed 2) |" in text and "±" in text
     assert "Mean" not in text and "0.500 ±" not in text
 

@@ -27,7 +27,7 @@ def test_committed_tables_come_out_of_the_committed_runs():
     for name in ("paper", "calibrated", "digits", "mnist", "ablations/base"):
         folder = ROOT / "experiments" / name
         results = experiment.read_results(folder)
-        csv_text = results_csv(results.runs, results.alike)
+        csv_text = results_csv(results.runs, results.one_recipe)
         assert csv_text == (folder / "results.csv").read_text(encoding="utf-8")
         page = markdown(experiment.page_of(folder, results))
         assert page == (folder / "results.md").read_text(encoding="utf-8")

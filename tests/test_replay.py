@@ -54,7 +54,7 @@ def tapes(monkeypatch):
         return tape.repeat
 
     monkeypatch.setattr(replay, "record", record)
-    monkeypatch.setattr(replay, "pays", lambda *_: True)
+    monkeypatch.setattr(replay, "worth_recording", lambda *_: True)
     return made
 
 
@@ -64,7 +64,7 @@ def test_a_replayed_training_is_the_training(config, tapes, monkeypatch):
     replayed = train(config, PIXELS, CPU, memory)
     assert len(tapes) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "pays", lambda *_: False)
+        patch.setattr(replay, "worth_recording", lambda *_: False)
         expected = train(config, PIXELS, CPU, by_step)
     assert len(tapes) == 1
     assert same(replayed, expected)
@@ -120,7 +120,7 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
 
     monkeypatch.setattr(replay, "record", refuses)
     expected = train(LONG, PIXELS, CPU, Memory())
-    monkeypatch.setattr(replay, "pays", lambda *_: True)
+    monkeypatch.setattr(replay, "worth_recording", lambda *_: True)
     assert same(expected, train(LONG, PIXELS, CPU, Memory()))
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -130,10 +130,10 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(monkeypatch, capsys):
 def test_recording_pays_on_a_gpu_in_a_long_run_without_a_scaler():
     cuda = torch.device("cuda", 0)
     off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
-    assert replay.pays(replay.MIN_STEPS, cuda, off)
-    assert not replay.pays(replay.MIN_STEPS, CPU, off)
-    assert not replay.pays(replay.MIN_STEPS - 1, cuda, off)
-    assert not replay.pays(replay.MIN_STEPS, cuda, on)
+    assert replay.worth_recording(replay.MIN_STEPS, cuda, off)
+    assert not replay.worth_recording(replay.MIN_STEPS, CPU, off)
+    assert not replay.worth_recording(replay.MIN_STEPS - 1, cuda, off)
+    assert not replay.worth_recording(replay.MIN_STEPS, cuda, on)
 
 
 @pytest.mark.cuda

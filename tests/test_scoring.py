@@ -66,7 +66,7 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
 def test_a_pass_holds_as_many_images_as_its_pixels_allow(detector, monkeypatch):
     sizes = []
     monkeypatch.setattr(detectors, "PASS_PIXELS", 5 * 32 * 32)
-    detector.each(images(12), lambda o: sizes.append(len(o.x)))
+    detector.map_batches(images(12), lambda o: sizes.append(len(o.x)))
     assert sizes == [5, 5, 2]
 
 
@@ -78,7 +78,7 @@ def test_packed_weights_give_the_networks_outputs(n, size, extra_layers):
         initialise(network, torch.Generator().manual_seed(1))
     ours = Detector(networks, config, CPU)
     assert all(network.training for network in networks.values())  # it works on copies
-    assert any(isinstance(m, Packed) for m in ours.fast["generator"].modules())
+    assert any(isinstance(m, Packed) for m in ours.scoring_networks["generator"].modules())
     pixels = images(n, size=size, seed=2)
     with torch.inference_mode():
         plain = detectors.outputs_of(ours.networks, to_input(pixels, CPU))
@@ -89,7 +89,7 @@ def test_packed_weights_give_the_networks_outputs(n, size, extra_layers):
 def test_networks_are_used_as_they_are_where_weights_cannot_be_packed(detector, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain = Detector(detector.networks, SMALL, CPU, None, detector.calibration, detector.threshold)
-    assert plain.fast == plain.networks
+    assert plain.scoring_networks == plain.networks
     assert close(plain.scores(images(9)), detector.scores(images(9)))
 
 
@@ -159,8 +159,8 @@ def test_blurred_is_a_gaussian_of_one_pixel():
 
 def test_highest_is_the_mean_of_the_highest_hundredth():
     m = torch.arange(20 * 20).float().view(1, 20, 20)
-    assert scoring.highest(m[:, torch.randperm(20)]).item() == 397.5
-    assert scoring.highest(torch.tensor([[[1.0, 5.0]]])).item() == 5  # at least one pixel
+    assert scoring.highest_hundredth(m[:, torch.randperm(20)]).item() == 397.5
+    assert scoring.highest_hundredth(torch.tensor([[[1.0, 5.0]]])).item() == 5  # at least one pixel
 
 
 def test_calibrated_is_the_mean_of_z_scores_and_units_of_the_parts_do_not_matter():

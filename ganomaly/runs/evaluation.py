@@ -19,8 +19,8 @@ from ganomaly.runs.results import FIGURES, LOOK_IMAGES
 from ganomaly.runs.run import Run
 from ganomaly.scoring import Outputs
 
-# Caps the images of one pass and those used for the PCA by memory. Never fewer than 82: every
-# second image must leave the 41 that a PCA of 40 components needs.
+# Limits of the images of one pass and of the PCA's, to save memory. At least 82: where every second
+# image is taken, 41 are left, and a PCA of 40 components needs 41.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 EXACT_PIXELS = 2**22  # above it values are counted: scikit-learn needs 65 bytes a pixel
 
@@ -62,7 +62,9 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
         return nothing
     cap = max(CONTROL_LEAST, min(CONTROL_IMAGES, CONTROL_BYTES // (4 * category.test[0].numel())))
     train = category.train[:: -(-len(category.train) // cap)]
-    raw = metrics.brightness(category.test.numpy()) if config.normalise != "none" else None
+    brightness_raw = None
+    if config.normalise != "none":
+        brightness_raw = metrics.auroc(labels, metrics.brightness(category.test.numpy()))
     arrays = {name: values.numpy() for name, values in scores.items()}
     return {
         **nothing,
@@ -72,7 +74,7 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
             (as_seen_by_network(part, detector.scale) for part in category.test.split(cap)),
             labels,
         ),
-        "auroc_brightness_raw": None if raw is None else metrics.auroc(labels, raw),
+        "auroc_brightness_raw": brightness_raw,
         "pixel_auroc": pixel_auroc(detector, category),
         "scores": {name: metrics.auroc(labels, values) for name, values in arrays.items()},
     }

@@ -63,7 +63,7 @@ class Results:
     """The finished runs of an experiment."""
 
     runs: list[dict]  # metrics, by seed and category
-    alike: bool  # all of one recipe; `local` may hold several, and then there are no means
+    one_recipe: bool  # all of one recipe; `local` may hold several, and then there are no means
     curves: dict[str, list[Curve]]  # by category, one a seed
     best: dict[tuple[str, int], float]  # (category, seed) -> an oracle: the best checkpoint's AUROC
 
@@ -90,7 +90,7 @@ def read_results(
             if metrics["score"] in curve and metrics["auroc"] is not None:
                 results.best[key] = max(metrics["auroc"], *curve[metrics["score"]].values())
     results.runs.sort(key=lambda m: (m["seed"], m["category"]))
-    results.alike = not any(configuration.differences(one, recipes[0]) for one in recipes)
+    results.one_recipe = not any(configuration.differences(one, recipes[0]) for one in recipes)
     return results
 
 
@@ -126,7 +126,7 @@ def write_results(experiment: Path, recipe: str | None = None) -> None:
         if results.curves:
             picture = curves_svg(experiment.name, results.curves)
             write_atomic(experiment / "curves.svg", picture)
-        write_atomic(experiment / "results.csv", results_csv(results.runs, results.alike))
+        write_atomic(experiment / "results.csv", results_csv(results.runs, results.one_recipe))
         write_atomic(experiment / "results.md", markdown(page_of(experiment, results, recipe)))
 
 
@@ -143,11 +143,11 @@ def rewriting(experiment: Path):
 def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Page:
     """The results for people, the reference beside them where there is one."""
     reference = reference_of(experiment, recipe)
-    return results_page(experiment.name, results.runs, results.alike, results.best, reference)
+    return results_page(experiment.name, results.runs, results.one_recipe, results.best, reference)
 
 
 def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:
-    """The committed table of a recipe, by default of the experiment's name, as local/paper has it.
+    """The committed table of a recipe. Without one, the folder's name is: paper for local/paper.
 
     None where there is none, and for the committed experiment itself.
     """

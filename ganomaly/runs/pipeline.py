@@ -27,7 +27,7 @@ from ganomaly.runs.run import ANEW, Recorder, Run, skip
 from ganomaly.training import Trained, resolve_amp, train
 
 PAUSE = 2  # seconds to wait when other processes hold all remaining runs
-TRAINED, AGAIN, BEFORE = "trained", "evaluated again", "done before"  # what run_one did
+TRAINED, REEVALUATED, DONE_BEFORE = "trained", "evaluated again", "done before"  # what run_one did
 Jobs = dict[str, tuple[Config, Path]]  # a name -> a run's config and its experiment's folder
 
 
@@ -100,8 +100,8 @@ def run_one(
         if shared_bar is not None:
             skip(shared_bar, config.steps)
         if unchanged(run, setting):
-            return run.metrics(), BEFORE
-        return evaluate_again(run, setting), AGAIN
+            return run.metrics(), DONE_BEFORE
+        return evaluate_again(run, setting), REEVALUATED
 
 
 def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
@@ -122,7 +122,7 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
         own_bar.close()
         detector = Detector(trained.networks, config, device, trained.scale)
         detector.calibrate(category.calibration)
-        # Before all that is only a figure or a picture: whatever fails there, the model is kept
+        # model.pt comes first: if a figure or a picture fails, the model is kept
         write_torch(run.path("model.pt"), detector.state())
         write_samples(run, detector, category)
         scores = evaluation.test_scores(detector, category)
@@ -186,7 +186,7 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     training["provenance"] = {**before["provenance"], **hashes}
     scores = evaluation.test_scores(detector, category)
     metrics = evaluation.assess(run, detector, category, scores, training)
-    if metrics["provenance"] != before["provenance"]:  # its looks were at other images
+    if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
         run.path("curve.csv").unlink(missing_ok=True)
     return metrics
 
@@ -205,12 +205,12 @@ def unchanged(run: Run, setting: Setting) -> bool:
     return before["provenance"].get("test_images") == hashes.get("test_images")
 
 
-def check_train_images(before: dict, hashes: dict, config: Config, data_root: Path | None) -> None:
-    """UserError where a finished run was trained on other images than those of the hashes."""
-    then = before["provenance"].get("train_images")
-    if then and then != hashes["train_images"]:
+def check_train_images(metrics: dict, hashes: dict, config: Config, data_root: Path | None) -> None:
+    """UserError if the training images are not those that the run was trained on."""
+    trained_on = metrics["provenance"].get("train_images")
+    if trained_on and trained_on != hashes["train_images"]:
         raise UserError(
-            f"{before['category']} seed {config.seed}: trained on other images than those in "
+            f"{metrics['category']} seed {config.seed}: trained on other images than those in "
             f"{data.category_folder(config, data_root)} now; {ANEW}"
         )
 
@@ -235,7 +235,7 @@ def run_all(
             bar.set_description(f"{len(jobs) - len(waiting)}/{len(jobs)} {name}")
             try:
                 metrics, outcome = run_one(config, folder, setting, bar)
-                if outcome != BEFORE:  # else each of n finished runs would read all n again
+                if outcome != DONE_BEFORE:  # else n finished runs would make the tables n times
                     experiment.write_results(folder, setting.recipe)
                 line = line_of(metrics)
                 bar.write(f"{name}: {line}" + (f" ({outcome})" if outcome != TRAINED else ""))
@@ -262,7 +262,7 @@ def run_all(
             bar.refresh()
     for folder in {jobs[name][1] for name in finished}:
         experiment.write_results(folder, setting.recipe)
-    if outcomes and set(outcomes) == {BEFORE} and not failed:
+    if outcomes and set(outcomes) == {DONE_BEFORE} and not failed:
         print(f"all {len(outcomes)} runs were done before; {flag('--force')} trains them anew")
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)

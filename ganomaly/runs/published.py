@@ -1,6 +1,6 @@
 """Published GANomaly figures that results.md puts beside ours; sources in the names.
 
-No source states its protocol whole. All that is known of them differs from ours.
+No source states its protocol whole. What they do state differs from our protocol.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from ganomaly import data
 
 
 def row(categories, *percent: float) -> dict[str, float]:
-    """Category -> fraction, after that of the mean."""
+    """Category -> fraction. The first figure is the mean; the others follow the categories."""
     figures = (round(value / 100, 4) for value in percent)
     return dict(zip(("Mean", *categories), figures, strict=True))
 

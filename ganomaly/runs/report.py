@@ -103,8 +103,8 @@ def blocks(page: Page) -> list[str]:
         if isinstance(block, Table):
             head = "".join(f"<th>{escape(cell)}" for cell in block.header)
             rows = ["".join(f"<td>{escape(cell)}" for cell in row) for row in block.rows]
-            rows = "".join(f"<tr>{row}" for row in (head, *rows))
-            out.append(f"<div class=wide><table>{rows}</table></div>")
+            body = "".join(f"<tr>{row}" for row in (head, *rows))
+            out.append(f"<div class=wide><table>{body}</table></div>")
         else:
             out.append(f"<p>{escape(block)}")
     return out

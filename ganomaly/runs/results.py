@@ -14,11 +14,11 @@ from ganomaly.scoring import share_above
 
 # The keys of metrics.json
 TEXTS = ("category", "dataset", "score")
-FIGURES = (
+ALWAYS = (  # of a run that was evaluated
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
-    "auroc_brightness", "auroc_mean_distance", "auroc_pca", "auroc_brightness_raw", "pixel_auroc",
+    "auroc_brightness", "auroc_mean_distance", "auroc_pca",
 )  # fmt: skip
-ALWAYS = FIGURES[:11]  # of a run that was evaluated
+FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc")
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
 METRICS = (*TEXTS, "seed", "threshold", "scores", "provenance", *FIGURES, *COUNTS, *TIMES)
@@ -130,24 +130,24 @@ def mean_row(name: str, rows: list[dict]) -> dict:
     return {"category": name, **same, **means}
 
 
-def results_csv(runs: list[dict], alike: bool = True) -> str:
+def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
     """A row a run; then the means, where the runs are of one recipe."""
     rows = [flat(run) for run in runs]
     columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
     columns += [*FIGURES[2:], *score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
-    means = mean_rows(rows) if alike else []
+    means = mean_rows(rows) if one_recipe else []
     return csv_text(columns, [[row.get(column) for column in columns] for row in rows + means])
 
 
 def results_page(
-    name: str, runs: list[dict], alike: bool = True, best: dict | None = None,
+    name: str, runs: list[dict], one_recipe: bool = True, best: dict | None = None,
     reference: Reference | None = None,
 ) -> Page:  # fmt: skip
     """The results for people: mean ± standard deviation over seeds, published figures beside.
 
-    alike: the runs are of one recipe; else each has a row, and there are no means. best: (category,
-    seed) -> the AUROC of a run's best checkpoint. reference: its AUROC of the same category and
-    seed stands beside ours.
+    one_recipe: the runs are of one recipe. Else each has a row, and there are no means.
+    best: (category, seed) -> the AUROC of a run's best checkpoint. reference: its AUROC of the same
+    category and seed stands beside ours.
     """
     rows = []
     for run in runs:
@@ -160,8 +160,8 @@ def results_page(
     evaluated = [row for row in rows if row["auroc"] is not None]
     if not evaluated:
         return page
-    means = mean_rows(rows) if alike else []
-    for row in [] if alike else evaluated:
+    means = mean_rows(rows) if one_recipe else []
+    for row in [] if one_recipe else evaluated:
         row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
     # A mean of one row is that row
     shown = evaluated + [m for m in means if m["category"].split(" without")[0] != "Mean of 1"]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly.config import Config
 from ganomaly.errors import UserError, flag
-from ganomaly.files import naming, read_torch, write_atomic, write_torch
+from ganomaly.files import path_in_error, read_torch, write_atomic, write_torch
 from ganomaly.runs.charts import read_curve
 from ganomaly.runs.pictures import panel, png
 from ganomaly.runs.provenance import changed_code, code
@@ -122,7 +122,8 @@ def read_metrics(path: Path) -> dict:
         numbers = [metrics[key] for key in needed] + [v for v in figures if v is not None]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a figure is not finite")
-        operator.index(metrics["seed"])  # raises if it is no whole number; join, if one is no text
+        # index() raises unless the seed is an int, join() unless all are text
+        operator.index(metrics["seed"])
         "".join([*(metrics[key] for key in TEXTS), metrics["provenance"].get("date", "")])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -166,7 +167,7 @@ class Recorder:
             print(f"{self.name}: going on from step {step}", file=sys.stderr)
         log = self.run.path("log.jsonl")
         write_atomic(log, "".join(kept_lines(log, step)))
-        with naming(self.run.folder):
+        with path_in_error(self.run.folder):
             self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
             self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
         return state
@@ -182,9 +183,9 @@ class Recorder:
     def log(self, record: dict) -> None:
         step = record["step"]
         path = self.run.path("log.jsonl")
-        with naming(path), open(path, "a", encoding="utf-8") as file:
+        with path_in_error(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        with naming(self.run.folder):
+        with path_in_error(self.run.folder):
             for key in record.keys() - {"step"}:
                 group = "speed" if key == "images_per_second" else "loss"
                 self.board.add_scalar(f"{group}/{key}", record[key], step)
@@ -196,7 +197,7 @@ class Recorder:
             print(f"{self.name}: step {step}/{self.config.steps}, {text}, {speed}", file=sys.stderr)
 
     def preview(self, step: int, networks: dict, scale: float | None) -> None:
-        """A row of curve.csv, by which nothing is chosen; pictures and latents for TensorBoard."""
+        """Adds a row to curve.csv, on which no choice depends; pictures for TensorBoard."""
         look = self.look(networks, scale)
         if look.aurocs:
             path, names = self.run.path("curve.csv"), list(look.aurocs)
@@ -206,7 +207,7 @@ class Recorder:
             rows.append([step, *(f"{value:.6g}" for value in look.aurocs.values())])
             write_atomic(path, csv_text(["step", *names], rows))
         o = look.outputs
-        with naming(self.run.folder):
+        with path_in_error(self.run.folder):
             self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
             self.board.add_histogram("latent/z", o.z, step)
             self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
@@ -219,13 +220,13 @@ class Recorder:
             if len(labels):
                 groups["good"] = scores[name][labels == 0]
                 groups["defective"] = scores[name][labels == 1]
-            with naming(self.run.folder):
+            with path_in_error(self.run.folder):
                 for group, part in groups.items():
                     self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
 
     def close(self) -> None:
         if self.board is not None:
-            with naming(self.run.folder):
+            with path_in_error(self.run.folder):
                 self.board.close()
 
 
