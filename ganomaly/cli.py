@@ -167,7 +167,7 @@ def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
     if args.config is None and args.recipe is not None:
         args.config = EXPERIMENTS / args.recipe / "config.json"
         if not is_name(args.recipe) or not args.config.is_file():
-            hint = nearest(args.recipe, recipes()).replace("known:", "there:")
+            hint = nearest(args.recipe, recipes())
             raise UserError(f"--recipe {args.recipe}: no such recipe; {hint}")
     return parser.given(args)
 

@@ -174,11 +174,12 @@ def missing_categories(
     return missing
 
 
-def missing_message(missing: dict[str, str], names: list[str]) -> str:
-    """The message of a command that stops because of missing_categories."""
-    return (
+def refuse_missing(missing: dict[str, str], names: list[str], hint: str = "") -> None:
+    """UserError for a command that stops because of missing_categories."""
+    raise UserError(
         f"data of {len(missing)} of {len(names)} categories is missing "
-        f"({', '.join(map(str, missing))}), nothing was trained"
+        f"({', '.join(map(str, missing))}), nothing was trained{hint}. "
+        f"The first: {next(iter(missing.values()))}"
     )
 
 

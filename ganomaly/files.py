@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -94,10 +95,15 @@ def write_output(path: Path, content: bytes | str) -> None:
         write_atomic(Path(os.path.realpath(path)), content)
 
 
-def check_output(path: Path) -> None:
-    """Make the folder of a file that a user named; UserError where it cannot be written."""
+def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Make the folder of a file that a user named.
+
+    UserError where it cannot be written, or where it is one of the inputs.
+    """
     if path.is_dir():
         raise UserError(f"--output {path}: a folder; name a file")
+    if path.exists() and any(os.path.exists(p) and path.samefile(p) for p in inputs):
+        raise UserError(f"--output {path}: is an input of this command; name another file")
     folder = Path(os.path.realpath(path)).parent
     if not is_stream(path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,8 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
         # Running average. Its decay starts small: else a short run's would be mostly first weights
         step += 1
-        update_average(averaged, latest, min(config.ema_decay, step / (step + 10)))
+        decay = min(config.ema_decay, step / (step + 10))
+        torch._foreach_lerp_(averaged, latest, 1 - decay)  # decay averaged + (1 - decay) latest
 
         # Log; stop where a number is not finite
         log = step % LOG_EVERY == 0
@@ -203,11 +204,6 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     speed = config.steps * config.batch_size / seconds
     return Trained({**networks, **averages}, scale, seconds, speed)
-
-
-def update_average(average: list[Tensor], latest: list[Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) latest."""
-    torch._foreach_lerp_(average, latest, 1 - decay)
 
 
 def float_tensors(*networks: nn.Module) -> list[tuple[Tensor, ...]]:

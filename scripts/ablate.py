@@ -72,8 +72,7 @@ def main(argv=None) -> int:
     if args.dry_run:
         return plan_all(jobs, setting)
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
-        message = data.missing_message(missing, categories)
-        raise UserError(f"{message}: {next(iter(missing.values()))}")
+        data.refuse_missing(missing, categories)
 
     def line_of(metrics: dict) -> str:
         write_tables(folder)

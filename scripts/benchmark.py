@@ -42,9 +42,7 @@ def main(argv=None) -> int:
     if not (args.dry_run and args.download and base.dataset in ("mnist", "cifar10")):
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and (not args.skip_missing or len(missing) == len(categories)):
-        message = data.missing_message(missing, categories)
-        others = f"{flag('--skip-missing')} does the others"
-        raise UserError(f"{message}; {others}. The first: {next(iter(missing.values()))}")
+        data.refuse_missing(missing, categories, f"; {flag('--skip-missing')} does the others")
     jobs = {}
     for seed in args.seeds or [base.seed]:
         for category in (name for name in categories if name not in missing):

@@ -35,9 +35,7 @@ def main(argv=None) -> int:
     c = detector.config
     above = detector.set_quantile(args.quantile or c.quantile)
     output = args.output or args.model.with_suffix(".pt2")
-    if output.exists() and output.samefile(args.model):
-        raise UserError(f"--output {output}: is the model; name another file")
-    check_output(output)
+    check_output(output, [args.model])
     rng = torch.Generator().manual_seed(0)
     shape = (5, c.channels, c.image_size, c.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)

@@ -56,8 +56,7 @@ def main(argv=None) -> int:
     above = detector.set_quantile(args.quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
-        check_output(args.output)  # before an hour of scoring, not behind it
-        check_inputs(args.output, [str(args.model), *(item.path for item in items)])
+        check_output(args.output, [args.model, *(item.path for item in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -125,11 +124,6 @@ def one_item(path: Path) -> Item:
     """One image by its own path, whether it exists or not: its row says what is wrong."""
     inside = not path.is_absolute() and ".." not in path.parts
     return Item(str(path), str(path) if inside else path.name)
-
-
-def check_inputs(output: Path, inputs: list[str]) -> None:
-    if output.exists() and any(os.path.exists(p) and output.samefile(p) for p in inputs):
-        raise UserError(f"--output {output}: is an input of this command; name another file")
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:

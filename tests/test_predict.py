@@ -169,7 +169,7 @@ def test_an_output_spares_the_inputs_and_what_cannot_be_written_to(
     words = ["predict", "--model", model, "--images", image, "--output"]
     for bad in (model, image, tmp_path):
         assert "--output" in refusal(script(*words, bad))
-    assert "is the model" in refusal(script("export", "--model", model, "--output", model))
+    assert "is an input" in refusal(script("export", "--model", model, "--output", model))
     assert contents(finished) == before
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

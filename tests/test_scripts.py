@@ -30,7 +30,7 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
         ("train", [*base, "--experiments-dir", a_file], str(a_file)),
         ("train", [*base, "--device", "cuda:99"], "--device cuda:99"),
         *((name, ["--recipe=calibratd"], "did you mean 'calibrated'?") for name in trains),
-        *((name, ["--recipe=qqq"], "there: calibrated, digits, mnist, paper") for name in trains),
+        *((name, ["--recipe=qqq"], "known: calibrated, digits, mnist, paper") for name in trains),
         ("benchmark", ["--recipe", "../x"], "no such recipe"),
         ("benchmark", ["--recipe=digits", "--categories", "3", "11"], "has no '11'"),
         ("benchmark", ["--dataset=mnist", "--data-root", empty, "--experiment=x"], "10 categories"),

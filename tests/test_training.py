@@ -232,7 +232,7 @@ def test_amp_auto_is_bf16_where_the_device_has_it(monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_not_kept(monkeypatch):
-    monkeypatch.setattr(training, "update_average", lambda _, latest, __: latest[0].fill_(math.nan))
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda _, latest, __: latest[0].fill_(math.nan))
     memory = Memory()
     with pytest.raises(UserError, match="not finite"):
         train(SMALL.replace(checkpoint_every=1), PIXELS, CPU, memory)
