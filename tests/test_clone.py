@@ -118,9 +118,10 @@ def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path
     # What the others take: finished runs
     train(clone / "data", clone / "experiments")
     for name in ("local", "ours"):
-        where = clone / "data/mvtec", clone / "experiments", f"--experiment={name}"
-        train(*where, category="bottle")
+        more = ["--dataset=mvtec", f"--experiment={name}"]
+        train(clone / "data/mvtec", clone / "experiments", *more, category="bottle")
     made(clone, rest)
+    made(clone, [["evaluate", "CATEGORY=parts"]])  # a run knows its own data set
     assert git("status", "--porcelain", cwd=clone) == ""
 
 
