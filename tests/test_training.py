@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ganomaly import training
 from ganomaly.config import Config
+from ganomaly.corruption import Corruption
 from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import Generator, build, initialise
@@ -27,32 +28,49 @@ def saved(state: dict) -> Memory:
 
 
 def literal(config: Config, pixels: torch.Tensor):
-    """Equations 1 to 4 and both updates written out; only the networks are shared."""
-    rng = torch.Generator().manual_seed(config.seed)
-    g, d = build(config).values()
-    initialise(g, rng)
-    initialise(d, rng)
-    average = {k: v.clone() for k, v in g.state_dict().items()}
-    for network in (g, d):
+    """Equations 1 to 4, the comparator's loss and all updates written out.
+
+    Only the networks, the corruption and the seeds of their numbers are shared. Returns the last
+    weights of D, and the running averages by network and name.
+    """
+    networks = build(config)
+    rng, rng_c = (torch.Generator().manual_seed(config.seed) for _ in range(2))
+    for name, network in networks.items():
+        initialise(network, rng_c if name == "comparator" else rng)
         network.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
+    g, d, c = (networks.get(name) for name in ("generator", "discriminator", "comparator"))
+    averaged = {"generator": g, "comparator": c} if c else {"generator": g}
+    average = {
+        (network, name): value.clone()
+        for network in averaged
+        for name, value in averaged[network].state_dict().items()
+        if value.is_floating_point()
+    }
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     opt_g, opt_d = (torch.optim.Adam(network.parameters(), **adam) for network in (g, d))
-    order: list[int] = []
+    n, order = config.n_corrupted, []
+    if c:
+        opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
+        corruption = Corruption(pixels, config, None, CPU)
     for step in range(1, config.steps + 1):
         while len(order) < config.batch_size:
             order += torch.randperm(len(pixels), generator=rng).tolist()
         x = (pixels[order[: config.batch_size]].float() / 255 - 0.5) / 0.5
+        x = x.contiguous(memory_format=torch.channels_last)
         order = order[config.batch_size :]
-        z, x_hat, z_hat = g(x)
-        # Both gradients are at the weights before the step. The BCE of a logit v is softplus(-v)
-        # against 1 and softplus(v) against 0
+        seen = x.clone()
+        if c:
+            seen[:n], mask = corruption(x[:n])
+        z, x_hat, z_hat = g(seen)
+        # Both gradients are at the weights before the step. D's real images are clean. The BCE of a
+        # logit v is softplus(-v) against 1 and softplus(v) against 0
         real, fake = d(x)[0], d(x_hat.detach())[0]
         loss_d = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
         f, f_hat = d(x)[1].detach(), d(x_hat)[1]
         loss_g = (
             config.w_adv * ((f - f_hat) ** 2).mean()
             + config.w_con * (x - x_hat).abs().mean()
-            + config.w_enc * ((z - z_hat) ** 2).mean()
+            + config.w_enc * ((z - z_hat)[n:] ** 2).mean()
         )
         opt_g.zero_grad()
         loss_g.backward()
@@ -60,20 +78,30 @@ def literal(config: Config, pixels: torch.Tensor):
         loss_d.backward()
         opt_g.step()
         opt_d.step()
+        if c:
+            truth = torch.zeros_like(x[:, 0])
+            truth[:n] = mask
+            p = c(seen, x_hat.detach()).sigmoid()
+            right = torch.where(truth == 1, p, 1 - p)  # the probability of the true answer
+            weight = torch.where(truth == 1, 5.0, 1.0)
+            opt_c.zero_grad()
+            (-weight * (1 - right) ** 2 * right.log()).mean().backward()
+            opt_c.step()
         decay = min(config.ema_decay, step / (step + 10))
-        for name, value in g.state_dict().items():
-            if value.is_floating_point():
-                average[name] = decay * average[name] + (1 - decay) * value
-    return g, d, average
+        for network, name in average:
+            latest = averaged[network].state_dict()[name]
+            average[network, name] = decay * average[network, name] + (1 - decay) * latest
+    return d, average
 
 
 @pytest.mark.parametrize("ema_decay", (0.2, 0.9))
-def test_training_is_the_algorithm_written_out(ema_decay):
-    config = SMALL.replace(ema_decay=ema_decay)
+@pytest.mark.parametrize("changes", ({}, dict(corrupted=0.5, comparator_width=4)))
+def test_training_is_the_algorithm_written_out(ema_decay, changes):
+    config = SMALL.replace(ema_decay=ema_decay, **changes)
     trained = train(config, PIXELS, CPU, Memory())
-    _, d, average = literal(config, PIXELS)
-    state = trained.networks["generator"].state_dict()
-    pairs = [(state[name], average[name]) for name in average if average[name].is_floating_point()]
+    d, average = literal(config, PIXELS)
+    pairs = [(trained.networks[network].state_dict()[name], value)
+             for (network, name), value in average.items()]  # fmt: skip
     pairs += [*zip(trained.networks["discriminator"].parameters(), d.parameters())]
     difference = torch.cat([(a - b).abs().flatten() for a, b in pairs])
     # A step moves a weight by about lr; only rounding may differ
