@@ -56,15 +56,22 @@ def run_of(config: Config, folder: Path, setting: Setting) -> Run:
 def plan(config: Config, folder: Path, setting: Setting) -> str:
     """What run_one would do; UserError where it would be refused before it looks at the images."""
     run = run_of(config, folder, setting)
-    action = run.plan(setting.force)
-    if run.finished and not setting.force:
-        if not unchanged(run, setting):
-            action = f"{run.folder}: evaluate again, its test images changed"
-    elif run.config.in_folders:
-        data.category_folder(run.config, setting.data_root)
+    action = f"train {config.steps} steps"
+    if setting.force:
+        action += " anew"
     else:
-        data.check_class(run.config)
-    return action
+        run.check()
+        if run.finished and unchanged(run, setting):
+            return f"{run.folder}: finished, left alone"
+        if run.finished:
+            return f"{run.folder}: evaluate again, its test images changed"
+        if run.path("last.pt").is_file():
+            action = f"go on from its checkpoint to step {config.steps}"
+    if config.in_folders:
+        data.category_folder(config, setting.data_root)
+    else:
+        data.check_class(config)
+    return f"{run.folder}: {action}"
 
 
 def plan_all(jobs: Jobs, setting: Setting) -> int:

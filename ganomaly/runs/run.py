@@ -56,18 +56,6 @@ class Run:
     def finished(self) -> bool:
         return self.path("metrics.json").is_file() and self.path("model.pt").is_file()
 
-    def plan(self, force: bool) -> str:
-        """What a command would do with the run; UserError where it would be refused."""
-        steps = f"train {self.config.steps} steps"
-        if force:
-            return f"{self.folder}: {steps} anew"
-        self.check()
-        if self.finished:
-            return f"{self.folder}: finished, left alone"
-        if self.path("last.pt").is_file():
-            return f"{self.folder}: go on from its checkpoint to step {self.config.steps}"
-        return f"{self.folder}: {steps}"
-
     def check(self) -> None:
         """UserError where the folder holds a run of another config, or where its config is gone."""
         if self.path("config.json").is_file():
