@@ -38,7 +38,7 @@ class Packed(nn.Module):
 
 def packed(module: nn.Module) -> nn.Module:
     """A copy of a module on a CPU, for inference only. Only the convolutions' weights are new."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.padding_mode == "zeros":
         return Packed(module)
     copied = copy.copy(module)
     copied._modules = {name: packed(child) for name, child in module._modules.items()}

@@ -17,7 +17,7 @@ from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
-from ganomaly.packed import Packed
+from ganomaly.packed import Packed, packed
 from ganomaly.scoring import calibrate, fit_whitening, p_values, threshold_at, whitened
 
 from .conftest import CPU, ROOT, images
@@ -84,6 +84,13 @@ def test_packed_weights_give_the_networks_outputs(n, size, extra_layers):
         plain = detectors.outputs_of(ours.networks, to_input(pixels, CPU))
     for a, b in zip(copy.deepcopy(ours).outputs(pixels), plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_only_padding_with_zeros_can_be_packed():
+    layer = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+    x = torch.randn(1, 1, 5, 5)
+    with torch.inference_mode():
+        assert torch.equal(packed(layer)(x), layer(x))
 
 
 def test_networks_are_used_as_they_are_where_weights_cannot_be_packed(detector, monkeypatch):
