@@ -79,6 +79,14 @@ def data_root_of(dataset: str, data_root: Path | None) -> Path:
     return Path(data_root or ROOTS.get(dataset, "data"))
 
 
+def check_category(config: Config, data_root: Path | None) -> None:
+    """UserError where there is no such category, before any image is read."""
+    if config.in_folders:
+        category_folder(config, data_root)
+    else:
+        check_class(config)
+
+
 def check_class(config: Config) -> None:
     """UserError where the data set has categories of known names and this is none of them."""
     known = CLASSES.get(config.dataset)

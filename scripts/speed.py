@@ -125,15 +125,15 @@ def scoring(args) -> list[dict]:
     rows, top = [], measure_roof(args.device, 1)["float32"]
     for recipe in ("paper", "calibrated"):
         config = load(EXPERIMENTS / recipe / "config.json")
-        networks = build(config)  # random weights are as fast as trained ones
         scale = None if config.normalise == "none" else 1.0
-        detector = Detector(networks, config, args.device, scale)
+        # Random weights are as fast as trained ones
+        detector = Detector(build(config), config, args.device, scale)
         detector.calibrate(noise(config, 20))
         image = noise(config, 1)
         timing = Timer("d.scores(x)", globals={"d": detector, "x": image})
         runs = [timing.blocked_autorange(min_run_time=args.seconds) for _ in range(args.repeats)]
         medians = [1000 * run.median for run in runs]
-        detector.scoring_networks = networks  # torch's counter does not know packed layers
+        detector.scoring_networks = detector.networks  # torch's counter does not know packed layers
         with FlopCounterMode(display=False) as counter:
             detector.scores(image)
         floor = counter.get_total_flops() / 2 / top / 1e6  # a multiply-add is two flops

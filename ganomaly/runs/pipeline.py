@@ -67,10 +67,7 @@ def plan(config: Config, folder: Path, setting: Setting) -> str:
             return f"{run.folder}: evaluate again, its test images changed"
         if run.path("last.pt").is_file():
             action = f"go on from its checkpoint to step {config.steps}"
-    if config.in_folders:
-        data.category_folder(config, setting.data_root)
-    else:
-        data.check_class(config)
+    data.check_category(config, setting.data_root)
     return f"{run.folder}: {action}"
 
 
@@ -96,8 +93,7 @@ def run_one(
     are the caller's to write. Busy, a UserError, where another process is at work on the same run.
     """
     run = run_of(config, folder, setting)
-    if config.in_folders:
-        data.category_folder(config, setting.data_root)  # else a typo would make a run's folder
+    data.check_category(config, setting.data_root)  # else a typo would make a run's folder
     with locked(run.folder):
         if setting.force:
             return train_run(run, setting, shared_bar), TRAINED
