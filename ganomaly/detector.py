@@ -137,12 +137,13 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return check_finite(scoring.all_scores(self.raw(pixels), self.calibration.statistics))
+        statistics, names = self.calibration.statistics, self.calibration.scores
+        return check_finite(scoring.all_scores(self.raw(pixels), statistics, names))
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
-        known = self.calibration.statistics
-        return torch.cat(self.map_batches(pixels, lambda o: scoring.heat_map(o, known).cpu()))
+        fitted = self.calibration.statistics
+        return torch.cat(self.map_batches(pixels, lambda o: scoring.heat_map(o, fitted).cpu()))
 
     def reconstructions(self, pixels: Tensor) -> Tensor:
         """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
@@ -187,7 +188,8 @@ def load_detector(path, device: torch.device) -> Detector:
             raise ValueError
         zeros = {name: torch.zeros(1) for name in scoring.PLAIN_SCORES}
         raw = Raw(zeros, torch.zeros(1, config.latent_dim).double())
-        scoring.all_scores(raw, calibration.statistics)  # raises where shapes or names do not fit
+        # Raises where shapes or names do not fit
+        scoring.all_scores(raw, calibration.statistics, calibration.scores)
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:

@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
+    pairwise_distances_argmin_min,
     precision_recall_curve,
     precision_recall_fscore_support,
     roc_auc_score,
@@ -79,11 +80,11 @@ def brightness(images: np.ndarray) -> np.ndarray:
 
 
 def controls(train: np.ndarray, test: Iterable[np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """AUROC of three simple scores on the pixels that the network sees.
+    """AUROC of four simple scores on the pixels that the network sees.
 
-    The scores are mean brightness, squared distance to the mean training image, and the squared
-    residual of a PCA of the training images with min(40, n - 1) components. An AUROC under .5 means
-    that defects have the smaller values.
+    The scores are mean brightness, the distance to the mean training image, the residual of a PCA
+    of the training images with min(40, n - 1) components, and the distance to the nearest training
+    image. An AUROC under .5 means that defects have the smaller values.
 
     train: (n, ...) without the calibration images; test: the parts of (N, ...); both float32.
     """
@@ -96,7 +97,8 @@ def controls(train: np.ndarray, test: Iterable[np.ndarray], labels: np.ndarray) 
         part = part.reshape(len(part), -1)
         residual = part - pca.inverse_transform(pca.transform(part))
         distance = ((part - mean) ** 2).sum(axis=1)
-        rows.append(np.stack([brightness(part), distance, (residual**2).sum(axis=1)]))
+        _, nearest = pairwise_distances_argmin_min(part, train)
+        rows.append(np.stack([brightness(part), distance, (residual**2).sum(axis=1), nearest]))
     values = np.concatenate(rows, axis=1)
-    names = ("auroc_brightness", "auroc_mean_distance", "auroc_pca")
+    names = ("auroc_brightness", "auroc_mean_distance", "auroc_pca", "auroc_nearest")
     return {name: auroc(labels, scores) for name, scores in zip(names, values)}

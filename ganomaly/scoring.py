@@ -83,13 +83,14 @@ def comparator_map(o: Outputs) -> Tensor:
     return blurred(o.logits)
 
 
-def highest_hundredth(m: Tensor) -> Tensor:
-    """Mean of the highest hundredth of a map's pixels: (B, S, S) -> (B,)."""
+def highest(m: Tensor, share: float) -> Tensor:
+    """Mean of a share of a map's pixels, those with the highest values: (B, S, S) -> (B,)."""
     pixels = m.flatten(1)
-    return pixels.topk(max(1, int(0.01 * pixels.shape[1]))).values.mean(1)
+    return pixels.topk(max(1, int(share * pixels.shape[1]))).values.mean(1)
 
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
+STANDARDISED = (*MAPS, "residual_wide")  # scores that are combined after standardising
 
 # Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
 # paper prints `latent_l1`.
@@ -98,9 +99,10 @@ PLAIN_SCORES = {
     "latent_l1": lambda o: (o.z - o.z_hat).abs().mean(1),
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
     "feature": lambda o: (o.f - o.f_hat).square().mean((1, 2, 3)),
-    "residual": lambda o: highest_hundredth(residual_map(o)),
-    "gradient": lambda o: highest_hundredth(gradient_map(o)),
+    "residual": lambda o: highest(residual_map(o), 0.01),
+    "gradient": lambda o: highest(gradient_map(o), 0.01),
     "comparator": lambda o: comparator_map(o).amax((1, 2)),
+    "residual_wide": lambda o: highest(residual_map(o), 0.1),  # of large defects
 }
 
 
@@ -130,7 +132,7 @@ class Statistics:
 
     mean: Tensor  # (latent_dim,) float64, of z - z_hat
     precision: Tensor  # (latent_dim, latent_dim) float64, inverse Ledoit-Wolf covariance
-    parts: dict[str, tuple[float, float]]  # of each score in MAPS: mean, standard deviation
+    parts: dict[str, tuple[float, float]]  # STANDARDISED score -> mean, standard deviation
 
 
 @dataclass
@@ -145,32 +147,48 @@ def whitened(gaps: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
     return ((centred @ precision) * centred).mean(1).float()
 
 
-def calibrated(raw: Raw, known: Statistics) -> Tensor:
-    """Mean of the scores in MAPS, each standardised on normal images: (N,) float32."""
-    z_scores = [(raw.scores[name] - mean) / dev for name, (mean, dev) in known.parts.items()]
-    return torch.stack(z_scores).mean(0)
+def mean_z(raw: Raw, statistics: Statistics, names) -> Tensor:
+    """Mean of the named scores, each standardised on normal images: (N,) float32.
+
+    Scores that the networks do not give are left out.
+    """
+    parts = {name: statistics.parts[name] for name in names if name in statistics.parts}
+    return torch.stack([(raw.scores[n] - mean) / dev for n, (mean, dev) in parts.items()]).mean(0)
+
+
+def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
+    """The larger of two standardised scores: (N,) float32.
+
+    The mean of gradient and comparator finds small defects, residual_wide finds large ones. So one
+    of the two is enough, and the other cannot hide it.
+    """
+    small = mean_z(raw, statistics, ("gradient", "comparator"))
+    return small.maximum(mean_z(raw, statistics, ("residual_wide",)))
 
 
 FITTED_SCORES = {
-    "latent_whitened": lambda raw, known: whitened(raw.gaps, known.mean, known.precision),
-    "calibrated": calibrated,
+    "latent_whitened": lambda raw, fitted: whitened(raw.gaps, fitted.mean, fitted.precision),
+    "calibrated": lambda raw, fitted: mean_z(raw, fitted, MAPS),
+    "small_or_large": small_or_large,
 }
 SCORES = (*PLAIN_SCORES, *FITTED_SCORES)  # all names, in the order of tables
 
 
-def all_scores(raw: Raw, known: Statistics) -> dict[str, Tensor]:
-    """Every anomaly score: name -> (N,) float32."""
-    return {**raw.scores, **{name: score(raw, known) for name, score in FITTED_SCORES.items()}}
+def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tensor]:
+    """The raw scores and the FITTED_SCORES whose name is in `names`: name -> (N,) float32."""
+    fitted = {n: score(raw, statistics) for n, score in FITTED_SCORES.items() if n in names}
+    return {**raw.scores, **fitted}
 
 
-def heat_map(o: Outputs, known: Statistics) -> Tensor:
+def heat_map(o: Outputs, statistics: Statistics) -> Tensor:
     """Anomaly of every pixel: (B, S, S), the mean of the MAPS on the scale of their scores.
 
     0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
     same for all images, so their heat maps can be compared.
     """
-    parts = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in known.parts.items()]
-    return sum(parts) / len(parts)
+    parts = {name: statistics.parts[name] for name in MAPS if name in statistics.parts}
+    maps = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in parts.items()]
+    return sum(maps) / len(maps)
 
 
 def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +201,7 @@ def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
 
 def fit(raw: Raw) -> Statistics:
     """Statistics of n normal images; a standard deviation is at least 1e-12."""
-    parts = {name: raw.scores[name].double() for name in MAPS if name in raw.scores}
+    parts = {name: raw.scores[name].double() for name in STANDARDISED if name in raw.scores}
     return Statistics(
         *fit_whitening(raw.gaps),
         {name: (float(s.mean()), max(float(s.std()), 1e-12)) for name, s in parts.items()},

@@ -66,10 +66,11 @@ class Program(nn.Module):
         self.networks = nn.ModuleDict(detector.networks)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        detector, known = self.detector, self.detector.calibration.statistics
+        detector, fitted = self.detector, self.detector.calibration.statistics
+        score = detector.config.score
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
-        scores = all_scores(raw_scores(o, detector.config.scores), known)[detector.config.score]
-        return scores, scores > detector.threshold, heat_map(o, known)
+        scores = all_scores(raw_scores(o, detector.config.scores), fitted, [score])[score]
+        return scores, scores > detector.threshold, heat_map(o, fitted)
 
 
 def check(program: nn.Module, detector: Detector, images: Tensor) -> None:

@@ -72,7 +72,7 @@ def test_pixels_are_counted_where_they_are_many(monkeypatch):
     assert passes == [20, 8, 8, 4] and exact > 0.7
 
 
-def test_mean_distance_and_pca_controls_against_their_formulas():
+def test_controls_against_their_formulas():
     rng = np.random.default_rng(1)
     # Normal images vary along 5 directions; anomalies leave them.
     basis = rng.standard_normal((5, 192))
@@ -90,6 +90,8 @@ def test_mean_distance_and_pca_controls_against_their_formulas():
     assert ours["auroc_mean_distance"] == pytest.approx(
         sk.roc_auc_score(labels, ((b - mean) ** 2).sum(1)), abs=1e-9
     )
+    nearest = ((b[:, None] - a[None]) ** 2).sum(2).min(1)
+    assert ours["auroc_nearest"] == pytest.approx(sk.roc_auc_score(labels, nearest), abs=1e-9)
     _, _, directions = np.linalg.svd(a - mean, full_matrices=False)
     top = directions[:40]
     residual = (b - mean) - (b - mean) @ top.T @ top

@@ -44,7 +44,7 @@ def detector() -> Detector:
 
 def close(a: dict, b: dict) -> bool:
     """Logits and z-scores cross 0, so they are compared to a millionth of their range too."""
-    signed = {"comparator": 1e-6, "calibrated": 1e-5}
+    signed = {"comparator": 1e-6, "calibrated": 1e-5, "small_or_large": 1e-5}
     return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=signed.get(n, 0)) for n in a)
 
 
@@ -164,25 +164,36 @@ def test_blurred_is_a_gaussian_of_one_pixel():
     assert out[0, 8, 12] == 0
 
 
-def test_highest_is_the_mean_of_the_highest_hundredth():
-    m = torch.arange(20 * 20).float().view(1, 20, 20)
-    assert scoring.highest_hundredth(m[:, torch.randperm(20)]).item() == 397.5
-    assert scoring.highest_hundredth(torch.tensor([[[1.0, 5.0]]])).item() == 5  # at least one pixel
+def test_highest_is_the_mean_of_a_share_of_the_pixels():
+    m = torch.arange(20 * 20).float().view(1, 20, 20)[:, torch.randperm(20)]
+    assert scoring.highest(m, 0.01).item() == 397.5
+    assert scoring.highest(m, 0.1).item() == 379.5
+    assert scoring.highest(torch.tensor([[[1.0, 5.0]]]), 0.01).item() == 5  # at least one pixel
 
 
-def test_calibrated_is_the_mean_of_z_scores_and_units_of_the_parts_do_not_matter():
-    def scaled(seed, **scale):
-        raw = raw_scores(gaps(30, 4, seed))
-        return scoring.Raw({name: raw.scores[name] * scale[name] + 5 for name in scale}, raw.gaps)
+def test_standardised_scores_against_their_formulas_and_units_do_not_matter():
+    def scores(**scale):
+        normal, new = (
+            scoring.Raw({name: raw.scores[name] * scale[name] + 5 for name in scale}, raw.gaps)
+            for raw in (raw_scores(gaps(30, 4, seed)) for seed in (0, 1))
+        )
+        return normal.scores, new.scores, scoring.all_scores(new, scoring.fit(normal))
 
-    ones = dict(residual=1.0, gradient=1.0, comparator=1.0)
-    units = dict(residual=1e-3, gradient=40.0, comparator=7.0)
-    normal, new = scaled(0, **ones).scores, scaled(1, **ones).scores
-    ours = scoring.all_scores(scaled(1, **ones), scoring.fit(scaled(0, **ones)))["calibrated"]
-    literal = sum((new[name] - normal[name].mean()) / normal[name].std() for name in ones)
-    assert torch.allclose(ours, literal / 3, atol=1e-5)
-    other = scoring.all_scores(scaled(1, **units), scoring.fit(scaled(0, **units)))["calibrated"]
-    assert torch.allclose(ours, other, atol=1e-3)
+    normal, new, ours = scores(residual=1.0, gradient=1.0, comparator=1.0, residual_wide=1.0)
+    z = {name: (new[name] - normal[name].mean()) / normal[name].std() for name in new}
+    calibrated = (z["residual"] + z["gradient"] + z["comparator"]) / 3
+    assert torch.allclose(ours["calibrated"], calibrated, atol=1e-5)
+    small, large = (z["gradient"] + z["comparator"]) / 2, z["residual_wide"]
+    assert 0 < (small > large).sum() < 30
+    assert torch.allclose(
+        ours["small_or_large"], torch.where(small > large, small, large), atol=1e-5
+    )
+    *_, other = scores(residual=1e-3, gradient=40.0, comparator=7.0, residual_wide=0.1)
+    for name in ("calibrated", "small_or_large"):
+        assert torch.allclose(ours[name], other[name], atol=1e-3)
+    # Networks without a comparator
+    *_, fewer = scores(residual=1.0, gradient=1.0, residual_wide=1.0)
+    assert torch.allclose(fewer["small_or_large"], z["gradient"].maximum(large), atol=1e-5)
 
 
 def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
@@ -191,7 +202,7 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
     assert heat.shape == (5, 32, 32) and heat.dtype == torch.float32
     known = detector.calibration.statistics.parts
     o = detector.outputs(pixels)
-    literal = [(scoring.MAPS[n](o) - mean) / dev for n, (mean, dev) in known.items()]
+    literal = [(m(o) - known[n][0]) / known[n][1] for n, m in scoring.MAPS.items()]
     assert torch.allclose(heat, torch.stack(literal).mean(0), atol=1e-4)
     # No map is above its score's scale at more than the highest pixels
     scores = detector.scores(pixels)["calibrated"]
@@ -223,12 +234,13 @@ def test_whitened_is_the_mean_square_of_the_gaps_on_the_axes_of_normal_ones():
 
 
 def raw_scores(normal: torch.Tensor) -> scoring.Raw:
-    """Raw scores of z - z_hat (N, dim); its first columns stand for the scores in MAPS."""
+    """Raw scores of z - z_hat (N, dim); its first columns stand for STANDARDISED scores."""
     columns = normal[:, :3].T.float()
-    return scoring.Raw(dict(zip(("residual", "gradient", "comparator"), columns)), normal)
+    scores = dict(zip(scoring.MAPS, columns)) | {"residual_wide": columns.square().sum(0)}
+    return scoring.Raw(scores, normal)
 
 
-@pytest.mark.parametrize("score", ("latent_whitened", "calibrated"))
+@pytest.mark.parametrize("score", ("latent_whitened", "calibrated", "small_or_large"))
 @pytest.mark.parametrize("n, dim, quantile", [(42, 100, 0.95), (42, 20, 0.8), (500, 20, 0.95)])
 def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score):
     """The rate of one draw of calibration images varies, so this is over many draws."""

@@ -18,10 +18,10 @@ ALWAYS = (  # of a run that was evaluated
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca",
 )  # fmt: skip
-FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc")
+FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc", "auroc_nearest")
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
-METRICS = (*TEXTS, "seed", "threshold", "scores", "provenance", *FIGURES, *COUNTS, *TIMES)
+METRICS = (*TEXTS, "seed", "threshold", "scores", "provenance", *ALWAYS, *COUNTS, *TIMES)
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
 
 ORACLE, REFERENCE = "auroc_best_checkpoint", "auroc_reference"  # of results.md only
@@ -39,6 +39,7 @@ COLUMNS = {
     "of brightness before normalisation": "auroc_brightness_raw",
     "of distance to the mean image": "auroc_mean_distance",
     "of PCA-40 residual": "auroc_pca",
+    "of distance to the nearest training image": "auroc_nearest",
 }
 
 
@@ -212,6 +213,7 @@ def summary(m: dict, quantile: float) -> str:
     more = {
         "AUROC of pixels": m["pixel_auroc"],
         "of brightness before normalisation": m["auroc_brightness_raw"],
+        "of distance to the nearest training image": m["auroc_nearest"],
     }
     extra = ", ".join(f"{name} {v:.4f}" for name, v in more.items() if v is not None)
     lines = {

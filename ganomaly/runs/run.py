@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> dict:
         if missing := [key for key in METRICS if key not in metrics]:
             raise ValueError(f"no {missing[0]}")
         needed = ("threshold", *COUNTS, *TIMES, *(ALWAYS if metrics["auroc"] is not None else ()))
-        figures = [*(metrics[key] for key in FIGURES), *metrics["scores"].values()]
+        figures = [*map(metrics.get, FIGURES), *metrics["scores"].values()]
         numbers = [metrics[key] for key in needed] + [v for v in figures if v is not None]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a figure is not finite")
@@ -118,7 +118,7 @@ def read_metrics(path: Path) -> dict:
             f"{path}: not a complete metrics.json ({error}); remove it, and the command of that "
             "run makes it again"
         ) from None
-    return metrics
+    return {**dict.fromkeys(FIGURES), **metrics}  # an older run may lack a newer figure
 
 
 class Recorder:
