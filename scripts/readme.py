@@ -10,16 +10,23 @@ from ganomaly import cli
 from ganomaly.config import EXPERIMENTS, ROOT
 from ganomaly.errors import guard
 from ganomaly.files import write_atomic
-from ganomaly.runs.published import PUBLISHED
+from ganomaly.runs import published
 from ganomaly.runs.results import markdown_table, spread
 
 README = ROOT / "README.md"
 START, END = "<!-- scripts/readme.py writes this table -->\n\n", "\n<!-- end of the table -->"
-RECIPES = ("paper", "calibrated")
+OURS = [  # header, recipe, column of its results.csv
+    ("`paper`", "paper", "auroc"),
+    ("its PCA-40", "paper", "auroc_pca"),
+    ("`calibrated`", "calibrated", "auroc"),
+    ("its PCA-40", "calibrated", "auroc_pca"),
+    ("its nearest image", "calibrated", "auroc_nearest"),
+]
 OTHERS = {
-    "anomalib's README": "AUROC, anomalib README",
-    "DRAEM, Table 1": "AUROC, DRAEM, Table 1",
-    "arXiv 2108.12159": "AUROC, arXiv 2108.12159",
+    "GANomaly, anomalib's README": published.MVTEC["AUROC, anomalib README"],
+    "GANomaly, DRAEM's Table 1": published.MVTEC["AUROC, DRAEM, Table 1"],
+    "GANomaly, arXiv 2108.12159": published.MVTEC["AUROC, arXiv 2108.12159"],
+    **published.FROM_SCRATCH,
 }
 
 
@@ -36,24 +43,22 @@ def updated(text: str) -> str:
 
 
 def table() -> str:
-    """A row a set: mean ± deviation over seeds of each recipe and of its PCA; others' figures."""
-    rows = {}
-    for name in RECIPES:
+    """A row a set: mean ± deviation over seeds of our figures; others' figures."""
+    runs = {}
+    for name in ("paper", "calibrated"):
         with open(EXPERIMENTS / name / "results.csv", encoding="utf-8") as file:
-            rows[name] = [row for row in csv.DictReader(file) if row["cpu"]]  # not the means
+            runs[name] = [row for row in csv.DictReader(file) if row["cpu"]]  # not the means
     lines = []
-    for category in sorted({row["category"] for row in rows[RECIPES[0]]}):
+    for category in sorted({row["category"] for rows in runs.values() for row in rows}):
         cells = [category]
-        for name in RECIPES:
-            for column in ("auroc", "auroc_pca"):
-                figures = [float(r[column]) for r in rows[name] if r["category"] == category]
-                cells.append(spread(figures))
-        for title in OTHERS.values():
-            figure = PUBLISHED["mvtec"][title].get(category)
-            cells.append("" if figure is None else f"{figure:.3f}")
+        for _, name, column in OURS:
+            rows = [row for row in runs[name] if row["category"] == category]
+            cells.append(spread([float(row[column]) for row in rows if row[column]]))
+        cells += [
+            f"{other[category]:.3f}" if category in other else "" for other in OTHERS.values()
+        ]
         lines.append(cells)
-    header = ["set", *(x for name in RECIPES for x in (f"`{name}`", "its PCA-40")), *OTHERS]
-    return markdown_table(header, lines)
+    return markdown_table(["set", *(header for header, *_ in OURS), *OTHERS], lines)
 
 
 if __name__ == "__main__":
