@@ -1,6 +1,6 @@
 """train(): the alternating updates of GANomaly as one linear function.
 
-It knows nothing of folders: `run` keeps log records and checkpoints, and shows progress.
+It knows nothing of folders: `recorder` keeps log records and checkpoints, and shows progress.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ class Trained:
     images_per_second: float
 
 
-def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
+def train(config: Config, images: Tensor, device: torch.device, recorder) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    run.load() returns the checkpoint to go on from, or None. run.skip(steps) takes its number of
-    steps, run.log(record) the mean losses since the record before. run.preview(step, networks,
-    scale) may look at the networks before each run.save(state). run.progress is a tqdm.
+    recorder.load() returns the checkpoint to go on from, or None; recorder.skip(steps) takes its
+    number of steps. recorder.log(record) takes the mean losses since the record before.
+    recorder.preview(step, networks, scale) may look at the networks before each
+    recorder.save(state). recorder.progress is a tqdm.
 
     UserError where the checkpoint is of other images, other code or another kind of device, and
     where a loss or a weight is not finite. The last checkpoint stays.
@@ -74,16 +75,16 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
     batches = Batches(to_device(images, device), config.batch_size, rng)
-    parts = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
-    parts |= {"scaler": scaler, "batches": batches}
-    corruption, n = None, config.n_corrupted
-    if n:
-        parts["corruption"] = corruption = Corruption(batches.images, config, scale, device)
+    stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
+    stateful |= {"scaler": scaler, "batches": batches}
+    corruption, n_corrupted = None, config.n_corrupted
+    if n_corrupted:
+        stateful["corruption"] = corruption = Corruption(batches.images, config, scale, device)
     sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0
 
     # Go on from a checkpoint, exactly
-    if (state := run.load()) is not None:
+    if (state := recorder.load()) is not None:
         if state["images"] != fingerprint:
             raise UserError(
                 f"the training images changed since the checkpoint; {flag('--force')} starts anew"
@@ -91,7 +92,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         try:
             if state["device"] != device.type:
                 raise ValueError(f"made on {state['device']}, asked for on {device.type}")
-            for name, part in parts.items():
+            for name, part in stateful.items():
                 if state[name]:  # empty for a scaler that is off
                     part.load_state_dict(state[name])
             for name, value in state["sums"].items():
@@ -104,7 +105,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
                 f"{flag('--force')} starts anew{reason_of(error)}"
             ) from None
         step, seconds = state["step"], state["seconds"]
-        run.skip(step)
+        recorder.skip(step)
     pairs = [pair for name in averages for pair in float_tensors(averages[name], networks[name])]
     averaged, latest = map(list, zip(*pairs))
 
@@ -125,7 +126,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         terms = {  # name: weight, loss
             "adversarial": (config.w_adv, losses.adversarial(f.detach(), f_hat)),
             "contextual": (config.w_con, losses.contextual(x, x_hat)),
-            "encoder": (config.w_enc, losses.encoder(z[n:], z_hat[n:])),
+            "encoder": (config.w_enc, losses.encoder(z[n_corrupted:], z_hat[n_corrupted:])),
         }
         loss_g = sum(weight * loss for weight, loss in terms.values())
         optimizer_g.zero_grad()
@@ -140,7 +141,7 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = comparator(x_in, x_hat.detach())
-            loss_c = losses.comparator(logits, F.pad(mask, (0, 0, 0, 0, 0, len(x) - n)))
+            loss_c = losses.comparator(logits, F.pad(mask, (0, 0, 0, 0, 0, len(x) - n_corrupted)))
             optimizer_c.zero_grad()
             scaler.scale(loss_c).backward()
             scaler.step(optimizer_c)
@@ -160,12 +161,12 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
 
     start = time.perf_counter()
     while step < config.steps:
-        # A batch, of which the first n images are corrupted; its order is random
+        # A batch, of which the first n_corrupted images are corrupted; its order is random
         x = to_input(batches.next(), device, scale)  # (B, C, S, S)
         x_in, mask = x, x[:0, 0]
         if corruption is not None:
-            corrupted, mask = corruption(x[:n])
-            x_in = torch.cat([corrupted, x[n:]])
+            corrupted, mask = corruption(x[:n_corrupted])
+            x_in = torch.cat([corrupted, x[n_corrupted:]])
         update(x, x_in, mask)
 
         # Running average. Its decay starts small: else a short run's would be mostly first weights
@@ -190,16 +191,16 @@ def train(config: Config, images: Tensor, device: torch.device, run) -> Trained:
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
         if log:
-            run.log({"step": step, **means, "images_per_second": speed})
+            recorder.log({"step": step, **means, "images_per_second": speed})
             torch._foreach_zero_([*sums.values()])
-        run.progress.update()
+        recorder.progress.update()
 
         # Checkpoint. The preview comes first: a run that is killed between the two repeats it
         if save:
-            run.preview(step, {**networks, **averages}, scale)
-            state = {name: part.state_dict() for name, part in parts.items()}
+            recorder.preview(step, {**networks, **averages}, scale)
+            state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {"device": device.type, "images": fingerprint, "sums": dict(sums)}
-            run.save({**state, "step": step, "seconds": elapsed})
+            recorder.save({**state, "step": step, "seconds": elapsed})
             seconds, start = elapsed, time.perf_counter()
 
     speed = config.steps * config.batch_size / seconds
