@@ -28,7 +28,6 @@ from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
 from ganomaly.images import (
     SUFFIXES,
-    check_memory,
     image_files,
     note_others,
     read_images,
@@ -212,16 +211,11 @@ def content_hash(paths: list[Path], folder: Path) -> str:
     """Hash of the files' bytes and of their names relative to the folder."""
 
     def digest(path: Path) -> bytes:
-        """A hash of one file's name and bytes; the name alone if it cannot be read."""
-        name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
-        try:
-            return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
-        except OSError:  # such as a broken link, which load() reports
-            return name
+        name = os.fsencode(path.relative_to(folder))
+        return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
 
-    readable = [path for path in paths if not path.is_fifo()]  # reading a pipe would wait
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, readable))).hexdigest()[:16]
+        return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()[:16]
 
 
 def load_folder(config: Config, root: Path) -> Category:
@@ -337,11 +331,9 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
     # One tensor in the order of the parts, so that no part is a copy
     order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
-    check_memory(len(order), config.image_size, config.channels)
-    pixels = torch.empty((len(order), config.channels, *[config.image_size] * 2), dtype=torch.uint8)
-    for place, i in zip(pixels, order):
-        image = to_pixels(Image.fromarray(images[i]), config.image_size, config.channels)
-        place.copy_(torch.from_numpy(image))
+    chosen = (Image.fromarray(images[i]) for i in order)
+    pixels = np.stack([to_pixels(image, config.image_size, config.channels) for image in chosen])
+    pixels = torch.from_numpy(pixels)
     labels = (classes[test] == anomaly).astype(np.int64)
     return Category(
         name=config.category,

@@ -345,32 +345,3 @@ def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
     assert len(data.load(config, tmp_path / "parts").train) == 10
     with pytest.raises(UserError, match="no folder"):
         data.load(resolve({"category": "bottle"}), tmp_path / "parts" / "test")
-
-
-def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(parts, monkeypatch):
-    monkeypatch.setattr(images, "decode", None)
-    needed = (24 + 9) * 3 * 256 * 256
-    monkeypatch.setattr(images, "free_memory", lambda: needed - 1)
-    words = (
-        "33 images of 3 x 256 x 256 take 0.0 GB of memory, 0.0 GB are free; .*--image-size or --ch"
-    )
-    with pytest.raises(UserError, match=words):
-        data.load(folder(image_size=256), parts)
-    monkeypatch.setattr(images, "free_memory", lambda: 33 * 32 * 32)
-    with pytest.raises(UserError, match="1797 images of 1 x 64 x 64 take"):
-        data.load(resolve({"image_size": 64}), None)
-    monkeypatch.setattr(images, "free_memory", lambda: needed)
-    with pytest.raises(TypeError):  # it goes on to decode
-        data.load(folder(image_size=256), parts)
-
-
-def test_free_memory_is_what_the_system_and_the_container_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "CGROUP", tmp_path)
-    if images.free_memory() is None:
-        pytest.skip("this system does not say")
-    (tmp_path / "memory.current").write_text("3000000\n")
-    (tmp_path / "memory.stat").write_text("active_file 100000\ninactive_file 200000\nother 7\n")
-    (tmp_path / "memory.max").write_text("5000000\n")
-    assert images.free_memory() == 5_000_000 - 3_000_000 + 300_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert images.free_memory() > 10**7
