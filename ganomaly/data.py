@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import os
-import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config, is_name, nearest
+from ganomaly.config import Config, nearest
 from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
 from ganomaly.images import (
@@ -93,12 +91,8 @@ def check_class(config: Config) -> None:
         return
     if config.category is None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
-    having = [dataset for dataset, names in CLASSES.items() if config.category in names]
-    others = ", ".join(having) + " has it" if having else "folder takes any name"
-    raise UserError(
-        f"category: {config.dataset} has no {config.category!r}; "
-        f"{nearest(config.category, known)}; --dataset {others}"
-    )
+    hint = f"{nearest(config.category, known)}; --dataset names another data set"
+    raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
 
 
 # Folders: MVTec AD's layout
@@ -106,10 +100,8 @@ def check_class(config: Config) -> None:
 
 def category_name(config: Config, data_root: Path | None) -> str:
     """The name of a run's category: without --category the name of the root folder."""
-    name = config.category or Path(os.path.realpath(data_root_of(config.dataset, data_root))).name
-    if not is_name(name):
-        raise UserError(f"--data-root: {name!r} cannot name a run's folder; rename it")
-    return name
+    root = data_root_of(config.dataset, data_root)
+    return config.category or os.path.basename(os.path.realpath(root))
 
 
 def category_folder(config: Config, data_root: Path | None) -> Path:
@@ -120,18 +112,8 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if is_category(folder):
         return folder
     hint = HINTS[config.dataset]
-    if hint.endswith("make download") and data_root is not None:
-        hint += f" DATA_ROOT={shlex.quote(str(root))}"
-    if (root / "train" / "good").is_dir():
-        hint = "--dataset folder without --category takes it"
-        if root.name == config.category:
-            hint = f"name its parent, --data-root {root.parent}"
-        hint = f"{root} is a category itself: {hint}"
-    elif deeper := sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good")):
-        hint = f"there is one for --data-root {deeper[0].parent.parent.parent}"
-    elif there := categories_in(root):
-        choose = hint if config.category else "choose one with --category (CATEGORY=)"
-        hint = f"categories there: {', '.join(there)}; {choose}"
+    if there := categories_in(root):
+        hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
@@ -224,14 +206,11 @@ def load_folder(config: Config, root: Path) -> Category:
     train = image_files(good)
     kept, held_out = split_calibration(len(train), config, good)
     test = test_files(folder)
-    if (folder / "test").is_dir():
-        has_good = any(defect == "good" for _, defect in test)
-        if not has_good or all(defect == "good" for _, defect in test):
-            kind = "defective images in test/<defect>" if has_good else "images in test/good"
-            raise UserError(
-                f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
-                "add some, or take test/ away to train and calibrate only"
-            )
+    if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
+        raise UserError(
+            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; "
+            "add some, or take test/ away to train and calibrate only"
+        )
     note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
@@ -250,12 +229,8 @@ def load_folder(config: Config, root: Path) -> Category:
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
     """The images in test/<defect>, each with the name of its folder; sorted."""
-    found = []
-    if (folder / "test").is_dir():
-        for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
-            if not sub.name.startswith("."):
-                found += [(path, sub.name) for path in image_files(sub)]
-    return found
+    subs = sorted(path for path in folder.glob("test/[!.]*") if path.is_dir())
+    return [(path, sub.name) for sub in subs for path in image_files(sub)]
 
 
 def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
@@ -278,13 +253,8 @@ def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> T
     absent = [i for i in defective if files[i] is None]
     if not defective or absent:
         if len(absent) < len(defective):
-            path, defect = test[absent[0]]
-            print(
-                f"note: {folder}: {len(absent)} of {len(defective)} defective images have no mask "
-                f"(the first: {folder / 'ground_truth' / defect / path.stem}_mask.png), so no "
-                "figures of pixels",
-                file=sys.stderr,
-            )
+            counts = f"{len(absent)} of {len(defective)} defective images have no mask"
+            print(f"note: {folder}: {counts}, so no figures of pixels", file=sys.stderr)
         return None
     masks = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
     masks[defective] = read_images([files[i] for i in defective], image_size, 1)[:, 0] >= 128
@@ -352,15 +322,10 @@ def split_calibration(n: int, config: Config, where="images") -> tuple[Tensor, T
     UserError where n is too small; `where` names the images.
     """
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
-    if n == 0:
-        raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
-        hint = "lower --calibration-fraction"
-        if held_out == MIN_CALIBRATION:
-            hint = f"at least {MIN_TRAIN + held_out} are needed"
         raise UserError(
-            f"{where}: {n} training images; calibration takes {held_out} and training needs "
-            f"{MIN_TRAIN}: {hint}"
+            f"{where}: {n} training images ({', '.join(sorted(SUFFIXES))}); calibration takes "
+            f"{held_out}, training needs {MIN_TRAIN}: add images or lower --calibration-fraction"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values
