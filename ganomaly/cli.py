@@ -17,11 +17,9 @@ from ganomaly.config import (
     Config,
     allowed,
     checked,
-    from_json,
     is_name,
+    load,
     nearest,
-    parse_values,
-    read_text,
 )
 from ganomaly.errors import INSTALL, UserError
 
@@ -80,8 +78,8 @@ class Parser(argparse.ArgumentParser):
         """
         values = {}
         if args.config:
-            values = parse_values(read_text(args.config), args.config)
-            from_json(json.dumps(values), args.config)  # so that a wrong value names the file
+            load(args.config)  # a wrong value is an error of the file
+            values = json.loads(args.config.read_bytes())
             if args.dataset not in (None, values.get("dataset")):
                 changed = DATASET_DEFAULTS.get(values.get("dataset"), {})
                 values |= {name: FIELDS[name].default for name in changed}
