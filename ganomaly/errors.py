@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -17,31 +16,13 @@ def flag(name: str) -> str:
     return f"{name} (with make: ARGS={name})"
 
 
-HINTS = {
-    errno.ENOSPC: "free some space, then the same command goes on",
-    errno.EDQUOT: "free some space, then the same command goes on",
-    errno.EACCES: "check who may read and write there",
-    errno.EPERM: "check who may read and write there",
-    errno.EROFS: "choose a folder that can be written to",
-}
-
-
-INSTALL = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
-
-
 def describe(error: BaseException) -> str | None:
-    """One line for a UserError, an OSError, a missing package or too little memory.
-
-    None for a bug of ours.
-    """
+    """One line for a UserError, an OSError or too little memory. None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
-        return f"{where}{error.strerror or error}{hint}"
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
-        return f"{error.name} is not installed; {INSTALL}"
+        return f"{where}{error.strerror or error}"
     if out_of_memory(error):
         return "out of memory: lower --image-size, --width or, in training, --batch-size"
     return None
@@ -90,9 +71,7 @@ def guard(main, argv: list[str] | None = None) -> int:
     """
     threading.excepthook = quiet
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # so that every file name can be printed
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        stream.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed
     try:
         code = main(argv) or 0
         sys.stdout.flush()

@@ -1,8 +1,5 @@
 """What the scripts have in common: bad input, help, dry runs, exit codes."""
 
-import importlib.util
-import runpy
-
 import pytest
 
 from ganomaly.config import FIELDS
@@ -54,14 +51,6 @@ def test_help_fits_a_screen(script, capsys, name):
         script(name, "--help")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) - len(FIELDS) < 39  # a line a knob, and what stands around them
-
-
-def test_missing_packages_are_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "torch")
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "ganomaly/cli.py"))
-    line = refusal((end.value.code, *capsys.readouterr()))
-    assert "torch" in line and "pip install -r requirements.txt" in line
 
 
 def test_what_a_restart_would_not_change_is_no_failure_to_a_launcher(script, parts, monkeypatch):
