@@ -76,9 +76,7 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return outputs_of(self.scoring_networks, x)
+        return outputs_of(self.scoring_networks, to_input(pixels, self.device, self.scale))
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -117,12 +115,11 @@ class Detector:
         scores = self.scores(images)[c.score] if len(images) else torch.empty(0)
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
+    @torch.inference_mode()
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
-        parts = pixels.split(self.batch)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
-            return [function(self.outputs(batch)) for batch in bar]
+        """function(Outputs) for every batch of uint8 images (N, C, S, S)."""
+        bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
+        return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
         """All uncalibrated scores of uint8 images (N, C, S, S).
@@ -174,8 +171,6 @@ def load_detector(path, device: torch.device) -> Detector:
 
     A model may be older than some scores; see Detector.missing_scores.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such model; make train writes model.pt files")
     try:
         state = read_torch(Path(path))
         config = configuration.from_json(state["config"])
@@ -183,13 +178,7 @@ def load_detector(path, device: torch.device) -> Detector:
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])
         calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
-        threshold, scale = float(state["threshold"]), state["scale"]
-        if (scale is None) != (config.normalise == "none"):
-            raise ValueError
-        zeros = {name: torch.zeros(1) for name in scoring.PLAIN_SCORES}
-        raw = Raw(zeros, torch.zeros(1, config.latent_dim).double())
-        # Raises where shapes or names do not fit
-        scoring.all_scores(raw, calibration.statistics, calibration.scores)
+        threshold, scale = state["threshold"], state["scale"]
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:

@@ -36,7 +36,7 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
         ("ablate", ["--only", "no bias"], "there: base, no adversarial loss"),
         ("evaluate", ["--experiments-dir", out], "no finished run"),
         ("report", ["--experiments-dir", out], "no finished run there"),
-        ("predict", model, "none.pt: no such model"),
+        ("predict", model, "none.pt: No such file"),
         ("predict", [], "--model"),
     ]  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
