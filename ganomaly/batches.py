@@ -1,4 +1,4 @@
-"""Images on the device: where they are kept, how a network sees them, in which order."""
+"""How a network sees images: as numbers with or without their exposure, in shuffled batches."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import torch
 from torch import Tensor
 
 DARK = 4  # grey levels; a smaller mean is raised to this, as such an image holds only noise
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Move images to the device if they take at most half of its free memory."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + cached) // 2:
-            return images
-    return images.to(device)
 
 
 def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
