@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():
-            choices = f": {allowed(key)}" if key.metadata["choices"] else ""
+            choices = f": {allowed(key)}" if "choices" in key.metadata else ""
             default = "" if name in ("dataset", "category") else f" [{key.default}]"
             # A bool's flag may stand alone: --flag is --flag true
             switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +34,17 @@ DATASET_DEFAULTS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def knob(default, help: str, *, low=None, high=None, above=None, below=None, choices=None):
-    limits = dict(low=low, high=high, above=above, below=below, choices=choices)
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+LIMITS = {
+    "low": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def knob(default, help: str, **limits):
+    """A field of Config. limits: some of LIMITS, or the choices."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -118,34 +128,25 @@ def is_name(text: str) -> bool:
 
 
 def allowed(key: dataclasses.Field) -> str:
-    limits = key.metadata
-    if str(key.type) == "bool":
-        return "true, false"
-    if limits["choices"]:
-        return ", ".join(str(choice) for choice in limits["choices"])
-    words = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
-    return " and ".join(f"{words[k]} {limits[k]}" for k in words if limits[k] is not None)
+    """The values that a field may have, in words."""
+    if "choices" in key.metadata:
+        return ", ".join(map(str, key.metadata["choices"]))
+    limits = [f"{words} {key.metadata[k]}" for k, (words, _) in LIMITS.items() if k in key.metadata]
+    return ", ".join([KINDS[str(key.type).split()[0]], *limits])
 
 
 def checked(key: dataclasses.Field, value):
     """The value with its field's type; UserError names field, value and what is allowed."""
-    kind, limits = str(key.type), key.metadata
+    kind, limits = str(key.type).split()[0], key.metadata
+    if value is None and "None" in str(key.type):
+        return value
     if kind == "float" and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    if value is None and "None" in kind:
-        return value
-    types = {"int": (int, "a whole number"), "float": (float, "a number")}
-    types["bool"] = (bool, "true or false")
-    expected, words = types.get(kind, (str, "text"))
-    if type(value) is not expected:
-        raise UserError(f"{key.name}: {value!r} is not {words}; allowed: {allowed(key) or 'any'}")
     fits = (
-        (not limits["choices"] or value in limits["choices"])
-        and (expected is not float or math.isfinite(value))
-        and (limits["low"] is None or value >= limits["low"])
-        and (limits["high"] is None or value <= limits["high"])
-        and (limits["above"] is None or value > limits["above"])
-        and (limits["below"] is None or value < limits["below"])
+        type(value).__name__ == kind
+        and value in limits.get("choices", [value])
+        and (kind != "float" or math.isfinite(value))
+        and all(holds(value, limits[k]) for k, (_, holds) in LIMITS.items() if k in limits)
     )
     if not fits:
         raise UserError(f"{key.name}: {value!r} is not allowed; allowed: {allowed(key)}")

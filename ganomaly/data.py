@@ -40,8 +40,6 @@ CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
-
-
 ROOTS = {"mvtec": "data/mvtec"}  # default --data-root, else data
 HINTS = {
     "mvtec": "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
@@ -140,9 +138,7 @@ def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
     root = data_root_of(config.dataset, data_root)
     if is_category(root) and not list(root.glob("*/train/good")):
         return [None]
-    if not (found := categories_in(root)):
-        raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
-    return found
+    return categories_in(root) or [None]
 
 
 def missing_categories(
@@ -316,7 +312,7 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     )
 
 
-def split_calibration(n: int, config: Config, where="images") -> tuple[Tensor, Tensor]:
+def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted.
 
     UserError where n is too small; `where` names the images.

@@ -118,7 +118,7 @@ def test_a_knob_may_be_a_bool(monkeypatch):
     given = [parser.given(parser.parse_args([word]))["switch"] for word in words]
     assert [checked(field, value) for value in given[:2]] == [True, False]
     for value in (given[2], 1):
-        with pytest.raises(UserError, match="switch: .* is not true or false"):
+        with pytest.raises(UserError, match="switch: .* allowed: true or false"):
             checked(field, value)
 
 

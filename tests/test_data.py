@@ -116,7 +116,7 @@ def test_calibration_images_are_drawn_by_the_seed_and_not_trained_on(parts):
 @pytest.mark.parametrize("n, fraction, expected", [(209, 0.2, 42), (20, 0.2, 10), (100, 0.5, 50)])
 def test_calibration_takes_a_fraction_but_at_least_ten(n, fraction, expected):
     config = folder(calibration_fraction=fraction)
-    kept, held_out = data.split_calibration(n, config)
+    kept, held_out = data.split_calibration(n, config, "parts")
     assert len(held_out) == expected and len(kept) == n - expected
 
 
