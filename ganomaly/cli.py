@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -63,9 +62,8 @@ class Parser(argparse.ArgumentParser):
         """
         values = {}
         if args.config:
-            load(args.config)  # a wrong value is an error of the file
-            values = json.loads(args.config.read_bytes())
-            if args.dataset not in (None, values.get("dataset")):
+            values = dataclasses.asdict(load(args.config))
+            if args.dataset not in (None, values["dataset"]):
                 values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
         for name, key in FIELDS.items():
             text = getattr(args, name, None)

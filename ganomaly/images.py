@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,9 +73,9 @@ def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray |
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def decode(paths: Sequence[str | Path], image_size: int, channels: int):
+def decode(paths: Iterable[str | Path], image_size: int, channels: int):
     """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
-    read = partial(read_image, image_size=image_size, channels=channels)
+    paths, read = list(paths), partial(read_image, image_size=image_size, channels=channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), AHEAD):
             yield from pool.map(read, paths[start : start + AHEAD])

@@ -156,7 +156,7 @@ def heatmap_of(folder: Path, name: str) -> Path:
 def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
     """Yield every item with (score, p-value, defective), or with why it cannot be read."""
     config = detector.config
-    results = decode([item.path for item in items], config.image_size, config.channels)
+    results = decode((item.path for item in items), config.image_size, config.channels)
     batch = []
     bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
     for number, (item, pixels) in enumerate(bar, 1):
