@@ -39,7 +39,7 @@ class Corruption:
         if size > MASK_SIDE:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(device)
-        # The spread of colours. Grey images stay grey: a colour would give the corrupted ones away
+        # The spread of colours: 0 for grey images, as a colour would show which ones are corrupted
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 

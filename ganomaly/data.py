@@ -83,7 +83,7 @@ def check_category(config: Config, data_root: Path | None) -> None:
 
 
 def check_class(config: Config) -> None:
-    """UserError where the data set has categories of known names and this is none of them."""
+    """UserError where the data set has fixed category names and this is none of them."""
     known = CLASSES.get(config.dataset)
     if known is None or config.category in known:
         return
@@ -116,7 +116,7 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
 
 
 def train_folder(folder: Path) -> Path:
-    """The folder of a category's normal images: train/good, or its own where it has images."""
+    """Where a category's normal images are: in train/good, else in the folder itself."""
     good = folder / "train" / "good"
     return folder if not good.is_dir() and folder.is_dir() and image_files(folder) else good
 
@@ -126,7 +126,7 @@ def is_category(folder: Path) -> bool:
 
 
 def categories_in(root: Path) -> list[str]:
-    """The sub-folders with a train/good; where there are none, those with images."""
+    """The sub-folders with a train/good. Where there are none: those with images."""
     names = [path.parent.parent.name for path in root.glob("*/train/good")]
     return sorted(names or [path.name for path in root.glob("[!.]*") if is_category(path)])
 
@@ -285,7 +285,7 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
 
 
 def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.ndarray) -> Category:
-    """The category is the anomaly, all tested; the other classes are split 80/20 by the seed."""
+    """The category's class is the anomaly, all tested. The seed splits the other classes 80/20."""
     names = CLASSES[config.dataset]
     anomaly = names.index(config.category)
     normal = torch.from_numpy(np.flatnonzero(classes != anomaly))
@@ -313,9 +313,9 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
 
 
 def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted.
+    """Split 0..n-1 by the seed into indices to train on and indices to calibrate with, both sorted.
 
-    UserError where n is too small; `where` names the images.
+    UserError where n is too small. `where` names the images in the message.
     """
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n - held_out < MIN_TRAIN:

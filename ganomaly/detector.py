@@ -1,7 +1,7 @@
 """The trained detector: scores, verdicts and heat maps of images, and model.pt.
 
-Networks are in eval mode and float32 here. A score depends on neither batch size, batch mates nor
-order, and scoring changes no buffer.
+Networks are in eval mode and float32 here. The score of an image depends on this image alone, and
+scoring changes no buffer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Verdicts(NamedTuple):
 def outputs_of(networks, x: Tensor) -> Outputs:
     """Run networks, named as by networks.build, on x (B, C, S, S) made by to_input."""
     z, x_hat, z_hat = networks["generator"](x)
-    features = networks["discriminator"].features(torch.cat([x, x_hat]))  # reads the weights once
+    # Both in one call, which reads the weights once
+    features = networks["discriminator"].features(torch.cat([x, x_hat]))
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 

@@ -59,7 +59,7 @@ def exit_code(code: int) -> int:
 
 
 def quiet(failure: threading.ExceptHookArgs) -> None:
-    """Hide a full disk in TensorBoard's thread: the main thread reports it too."""
+    """Print no OSError of TensorBoard's thread, such as a full disk: the main thread reports it."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -89,5 +89,5 @@ def guard(main, argv: list[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # a closed pipe or a full disk; else Python tries again at exit
+        except OSError:  # a closed pipe or a full disk. Python must not flush again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

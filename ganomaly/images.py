@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
 AHEAD = 256  # images decoded in advance
 
-# Pillow warns of large images and of unusual camera tags; neither is a problem.
+# Pillow warns of large images and of unusual camera tags. Neither is a problem
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
