@@ -88,10 +88,7 @@ class Config:
         for key in FIELDS.values():
             object.__setattr__(self, key.name, checked(key, getattr(self, key.name)))
         if self.comparator_width and not self.n_corrupted:
-            raise UserError(
-                f"comparator_width: {self.comparator_width} needs corrupted images to learn from; "
-                f"corrupted {self.corrupted} of batch_size {self.batch_size} is none"
-            )
+            raise UserError("comparator_width: it needs corrupted images; raise corrupted")
         if self.score not in self.scores:
             raise UserError(f"score: {self.score} needs a comparator_width of more than 0")
         if self.category is not None and not is_name(self.category):

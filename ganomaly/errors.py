@@ -30,10 +30,7 @@ def describe(error: BaseException) -> str | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Known by name and text, so that this module does not import torch."""
-    texts = (
-        "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED",
-    )  # fmt: skip
+    texts = ("can't allocate memory", "CUDA error: out of memory", "ALLOC")  # cuBLAS, cuDNN
     return (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
