@@ -1,4 +1,4 @@
-"""Images on the device: where they are kept, how a network sees them, in which order."""
+"""What a network sees: batches of images on the device, with or without their exposure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from torch import Tensor
 DARK = 4  # grey levels; a smaller mean is raised to this, as such an image holds only noise
 
 
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Move images to the device if they take at most half of its free memory."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + cached) // 2:
-            return images
-    return images.to(device)
-
-
 def to_input(pixels: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
     """uint8 (B, C, S, S) -> float32 on the device, channels last; without a scale in [-1, 1].
 
-    With a scale it is relative(pixels) / scale. Values beyond 1 are not clipped, but no
-    reconstruction reaches them.
+    With a scale the result is relative(pixels) / scale. Values beyond 1 are not clipped, but the
+    generator cannot reconstruct them.
     """
     x = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     if scale is None:
@@ -50,8 +41,8 @@ def relative(x: Tensor) -> Tensor:
 def fitted_scale(images: Tensor) -> float:
     """The scale that puts 99.9 % of the pixels of uint8 images (N, C, S, S) within [-1, 1].
 
-    About 200 images and 64 x 64 pixels of each are used, evenly spread. The scale is fitted because
-    images of low contrast would else fill a small part of the range.
+    About 200 images and 64 x 64 pixels of each are used, evenly spread. Without a fitted scale,
+    images of low contrast would fill only a small part of the range.
     """
     picked, stride = images[:: max(1, len(images) // 200)], max(1, images.shape[-1] // 64)
     parts = [relative(part.float())[..., ::stride, ::stride] for part in picked.split(16)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from ganomaly.config import (
@@ -17,18 +15,11 @@ from ganomaly.config import (
     Config,
     allowed,
     checked,
-    from_json,
     is_name,
+    load,
     nearest,
-    parse_values,
-    read_text,
 )
-from ganomaly.errors import INSTALL, UserError
-
-# The scripts import this module first, so that a missing package is one line and no traceback
-if missing := [m for m in "numpy PIL sklearn tensorboard torch tqdm".split() if not find_spec(m)]:
-    print(f"error: not installed: {', '.join(missing)}; {INSTALL}", file=sys.stderr)
-    sys.exit(2)
+from ganomaly.errors import UserError
 
 RUNS = EXPERIMENTS  # where runs go without --experiments-dir
 
@@ -47,21 +38,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the flags")
 
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            name = unknown[0].split("=")[0]
-            raise UserError(f"unknown argument {unknown[0]!r}; {nearest(name, flags)}")
-        return parsed
-
     def add_config_flags(self) -> None:
         """--config and one flag a Config field, with dashes."""
         others = ", ".join(DATASET_DEFAULTS)
         group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():
-            choices = f": {allowed(key)}" if key.metadata["choices"] else ""
+            choices = f": {allowed(key)}" if "choices" in key.metadata else ""
             default = "" if name in ("dataset", "category") else f" [{key.default}]"
             # A bool's flag may stand alone: --flag is --flag true
             switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}
@@ -75,16 +58,12 @@ class Parser(argparse.ArgumentParser):
     def given(self, args: argparse.Namespace) -> dict:
         """The Config values of the command line: --config's, overridden by flags.
 
-        If --dataset differs from the file's, the file's values for the old data set are removed and
-        the new one's defaults are used: its images have another size.
+        Where --dataset is not the file's, the data set's own defaults override the file's values.
         """
         values = {}
         if args.config:
-            values = parse_values(read_text(args.config), args.config)
-            from_json(json.dumps(values), args.config)  # so that a wrong value names the file
-            if args.dataset not in (None, values.get("dataset")):
-                changed = DATASET_DEFAULTS.get(values.get("dataset"), {})
-                values |= {name: FIELDS[name].default for name in changed}
+            values = dataclasses.asdict(load(args.config))
+            if args.dataset not in (None, values["dataset"]):
                 values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
         for name, key in FIELDS.items():
             text = getattr(args, name, None)
@@ -167,14 +146,11 @@ def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
     if args.config is None and args.recipe is not None:
         args.config = EXPERIMENTS / args.recipe / "config.json"
         if not is_name(args.recipe) or not args.config.is_file():
-            hint = nearest(args.recipe, recipes())
-            raise UserError(f"--recipe {args.recipe}: no such recipe; {hint}")
+            recipes = sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
+            raise UserError(
+                f"--recipe {args.recipe}: no such recipe; {nearest(args.recipe, recipes)}"
+            )
     return parser.given(args)
-
-
-def recipes() -> list[str]:
-    """The names of the recipes in experiments/."""
-    return sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
 
 
 def note_unused_root(config: Config, args: argparse.Namespace) -> None:

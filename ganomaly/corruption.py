@@ -24,8 +24,7 @@ MASK_SIDE = 128  # pixels; larger masks are enlarged from this side
 class Corruption:
     """Corrupts batches made by to_input; state_dict() holds the state of its random numbers.
 
-    images: uint8 (n, C, S, S), normal images to paste from, on the device or on the host.
-    scale: as for to_input. device: of the batches.
+    images: uint8 (n, C, S, S), normal images to paste from, on the device. scale: as for to_input.
     """
 
     def __init__(self, images: Tensor, config: Config, scale: float | None, device: torch.device):
@@ -40,7 +39,7 @@ class Corruption:
         if size > MASK_SIDE:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(device)
-        # The spread of colours. Grey images stay grey: a colour would give the corrupted ones away
+        # The spread of colours: 0 for grey images, as a colour would show which ones are corrupted
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 
@@ -86,10 +85,9 @@ class Corruption:
         n, _, size, _ = x.shape
         alpha = self.moved(self.masks[self.integers(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
 
-        # A piece of another image, or of itself. The training images may be on the GPU or in host
-        # memory. Drawing on the host gives the same indices in both cases
+        # A piece of another image, or of itself
         picked = torch.randint(len(self.images), (n,), generator=self.host)
-        other = self.images[picked.to(self.images.device, non_blocking=True)]
+        other = self.images[picked.to(self.device, non_blocking=True)]
         other = to_input(other, self.device, self.scale)
         piece = self.moved(torch.where(self.uniform(n) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.uniform(n))

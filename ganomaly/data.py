@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import os
-import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,12 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config, is_name, nearest
+from ganomaly.config import Config, nearest
 from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
 from ganomaly.images import (
     SUFFIXES,
-    check_memory,
     image_files,
     note_others,
     read_images,
@@ -43,8 +40,6 @@ CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
-
-
 ROOTS = {"mvtec": "data/mvtec"}  # default --data-root, else data
 HINTS = {
     "mvtec": "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
@@ -88,18 +83,14 @@ def check_category(config: Config, data_root: Path | None) -> None:
 
 
 def check_class(config: Config) -> None:
-    """UserError where the data set has categories of known names and this is none of them."""
+    """UserError where the data set has fixed category names and this is none of them."""
     known = CLASSES.get(config.dataset)
     if known is None or config.category in known:
         return
     if config.category is None:
         raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
-    having = [dataset for dataset, names in CLASSES.items() if config.category in names]
-    others = ", ".join(having) + " has it" if having else "folder takes any name"
-    raise UserError(
-        f"category: {config.dataset} has no {config.category!r}; "
-        f"{nearest(config.category, known)}; --dataset {others}"
-    )
+    hint = f"{nearest(config.category, known)}; --dataset names another data set"
+    raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
 
 
 # Folders: MVTec AD's layout
@@ -107,10 +98,8 @@ def check_class(config: Config) -> None:
 
 def category_name(config: Config, data_root: Path | None) -> str:
     """The name of a run's category: without --category the name of the root folder."""
-    name = config.category or Path(os.path.realpath(data_root_of(config.dataset, data_root))).name
-    if not is_name(name):
-        raise UserError(f"--data-root: {name!r} cannot name a run's folder; rename it")
-    return name
+    root = data_root_of(config.dataset, data_root)
+    return config.category or os.path.basename(os.path.realpath(root))
 
 
 def category_folder(config: Config, data_root: Path | None) -> Path:
@@ -121,23 +110,13 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if is_category(folder):
         return folder
     hint = HINTS[config.dataset]
-    if hint.endswith("make download") and data_root is not None:
-        hint += f" DATA_ROOT={shlex.quote(str(root))}"
-    if (root / "train" / "good").is_dir():
-        hint = "--dataset folder without --category takes it"
-        if root.name == config.category:
-            hint = f"name its parent, --data-root {root.parent}"
-        hint = f"{root} is a category itself: {hint}"
-    elif deeper := sorted(root.glob(f"*/{glob.escape(folder.name)}/train/good")):
-        hint = f"there is one for --data-root {deeper[0].parent.parent.parent}"
-    elif there := categories_in(root):
-        choose = hint if config.category else "choose one with --category (CATEGORY=)"
-        hint = f"categories there: {', '.join(there)}; {choose}"
+    if there := categories_in(root):
+        hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
 def train_folder(folder: Path) -> Path:
-    """The folder of a category's normal images: train/good, or its own where it has images."""
+    """Where a category's normal images are: in train/good, else in the folder itself."""
     good = folder / "train" / "good"
     return folder if not good.is_dir() and folder.is_dir() and image_files(folder) else good
 
@@ -147,7 +126,7 @@ def is_category(folder: Path) -> bool:
 
 
 def categories_in(root: Path) -> list[str]:
-    """The sub-folders with a train/good; where there are none, those with images."""
+    """The sub-folders with a train/good. Where there are none: those with images."""
     names = [path.parent.parent.name for path in root.glob("*/train/good")]
     return sorted(names or [path.name for path in root.glob("[!.]*") if is_category(path)])
 
@@ -159,9 +138,7 @@ def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
     root = data_root_of(config.dataset, data_root)
     if is_category(root) and not list(root.glob("*/train/good")):
         return [None]
-    if not (found := categories_in(root)):
-        raise UserError(f"{root}: no <category>/train/good in this folder; see --data-root")
-    return found
+    return categories_in(root) or [None]
 
 
 def missing_categories(
@@ -212,16 +189,11 @@ def content_hash(paths: list[Path], folder: Path) -> str:
     """Hash of the files' bytes and of their names relative to the folder."""
 
     def digest(path: Path) -> bytes:
-        """A hash of one file's name and bytes; the name alone if it cannot be read."""
-        name = path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
-        try:
-            return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
-        except OSError:  # such as a broken link, which load() reports
-            return name
+        name = os.fsencode(path.relative_to(folder))
+        return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
 
-    readable = [path for path in paths if not path.is_fifo()]  # reading a pipe would wait
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, readable))).hexdigest()[:16]
+        return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()[:16]
 
 
 def load_folder(config: Config, root: Path) -> Category:
@@ -230,14 +202,11 @@ def load_folder(config: Config, root: Path) -> Category:
     train = image_files(good)
     kept, held_out = split_calibration(len(train), config, good)
     test = test_files(folder)
-    if (folder / "test").is_dir():
-        has_good = any(defect == "good" for _, defect in test)
-        if not has_good or all(defect == "good" for _, defect in test):
-            kind = "defective images in test/<defect>" if has_good else "images in test/good"
-            raise UserError(
-                f"{folder / 'test'}: no {kind}, so nothing can be evaluated; "
-                "add some, or take test/ away to train and calibrate only"
-            )
+    if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
+        raise UserError(
+            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; "
+            "add some, or take test/ away to train and calibrate only"
+        )
     note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
@@ -256,12 +225,8 @@ def load_folder(config: Config, root: Path) -> Category:
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
     """The images in test/<defect>, each with the name of its folder; sorted."""
-    found = []
-    if (folder / "test").is_dir():
-        for sub in sorted(p for p in (folder / "test").iterdir() if p.is_dir()):
-            if not sub.name.startswith("."):
-                found += [(path, sub.name) for path in image_files(sub)]
-    return found
+    subs = sorted(path for path in folder.glob("test/[!.]*") if path.is_dir())
+    return [(path, sub.name) for sub in subs for path in image_files(sub)]
 
 
 def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
@@ -284,13 +249,8 @@ def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> T
     absent = [i for i in defective if files[i] is None]
     if not defective or absent:
         if len(absent) < len(defective):
-            path, defect = test[absent[0]]
-            print(
-                f"note: {folder}: {len(absent)} of {len(defective)} defective images have no mask "
-                f"(the first: {folder / 'ground_truth' / defect / path.stem}_mask.png), so no "
-                "figures of pixels",
-                file=sys.stderr,
-            )
+            counts = f"{len(absent)} of {len(defective)} defective images have no mask"
+            print(f"note: {folder}: {counts}, so no figures of pixels", file=sys.stderr)
         return None
     masks = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
     masks[defective] = read_images([files[i] for i in defective], image_size, 1)[:, 0] >= 128
@@ -325,7 +285,7 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
 
 
 def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.ndarray) -> Category:
-    """The category is the anomaly, all tested; the other classes are split 80/20 by the seed."""
+    """The category's class is the anomaly, all tested. The seed splits the other classes 80/20."""
     names = CLASSES[config.dataset]
     anomaly = names.index(config.category)
     normal = torch.from_numpy(np.flatnonzero(classes != anomaly))
@@ -337,11 +297,9 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     test = np.concatenate([test_good.numpy(), np.flatnonzero(classes == anomaly)])
     # One tensor in the order of the parts, so that no part is a copy
     order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
-    check_memory(len(order), config.image_size, config.channels)
-    pixels = torch.empty((len(order), config.channels, *[config.image_size] * 2), dtype=torch.uint8)
-    for place, i in zip(pixels, order):
-        image = to_pixels(Image.fromarray(images[i]), config.image_size, config.channels)
-        place.copy_(torch.from_numpy(image))
+    chosen = (Image.fromarray(images[i]) for i in order)
+    pixels = np.stack([to_pixels(image, config.image_size, config.channels) for image in chosen])
+    pixels = torch.from_numpy(pixels)
     labels = (classes[test] == anomaly).astype(np.int64)
     return Category(
         name=config.category,
@@ -354,21 +312,16 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     )
 
 
-def split_calibration(n: int, config: Config, where="images") -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to calibrate with, of 0..n-1; drawn by the seed, sorted.
+def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
+    """Split 0..n-1 by the seed into indices to train on and indices to calibrate with, both sorted.
 
-    UserError where n is too small; `where` names the images.
+    UserError where n is too small. `where` names the images in the message.
     """
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
-    if n == 0:
-        raise UserError(f"{where}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
     if n - held_out < MIN_TRAIN:
-        hint = "lower --calibration-fraction"
-        if held_out == MIN_CALIBRATION:
-            hint = f"at least {MIN_TRAIN + held_out} are needed"
         raise UserError(
-            f"{where}: {n} training images; calibration takes {held_out} and training needs "
-            f"{MIN_TRAIN}: {hint}"
+            f"{where}: {n} training images ({', '.join(sorted(SUFFIXES))}); calibration takes "
+            f"{held_out}, training needs {MIN_TRAIN}: add images or lower --calibration-fraction"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values

@@ -1,7 +1,7 @@
 """The trained detector: scores, verdicts and heat maps of images, and model.pt.
 
-Networks are in eval mode and float32 here. A score depends on neither batch size, batch mates nor
-order, and scoring changes no buffer.
+Networks are in eval mode and float32 here. The score of an image depends on this image alone, and
+scoring changes no buffer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Verdicts(NamedTuple):
 def outputs_of(networks, x: Tensor) -> Outputs:
     """Run networks, named as by networks.build, on x (B, C, S, S) made by to_input."""
     z, x_hat, z_hat = networks["generator"](x)
-    features = networks["discriminator"].features(torch.cat([x, x_hat]))  # reads the weights once
+    # Both in one call, which reads the weights once
+    features = networks["discriminator"].features(torch.cat([x, x_hat]))
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 
@@ -76,9 +77,7 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return outputs_of(self.scoring_networks, x)
+        return outputs_of(self.scoring_networks, to_input(pixels, self.device, self.scale))
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -117,12 +116,11 @@ class Detector:
         scores = self.scores(images)[c.score] if len(images) else torch.empty(0)
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
+    @torch.inference_mode()
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
-        parts = pixels.split(self.batch)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            bar = tqdm(parts, "scoring", leave=False, disable=None, delay=2)
-            return [function(self.outputs(batch)) for batch in bar]
+        """function(Outputs) for every batch of uint8 images (N, C, S, S)."""
+        bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
+        return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
         """All uncalibrated scores of uint8 images (N, C, S, S).
@@ -174,8 +172,6 @@ def load_detector(path, device: torch.device) -> Detector:
 
     A model may be older than some scores; see Detector.missing_scores.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such model; make train writes model.pt files")
     try:
         state = read_torch(Path(path))
         config = configuration.from_json(state["config"])
@@ -183,13 +179,7 @@ def load_detector(path, device: torch.device) -> Detector:
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])
         calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
-        threshold, scale = float(state["threshold"]), state["scale"]
-        if (scale is None) != (config.normalise == "none"):
-            raise ValueError
-        zeros = {name: torch.zeros(1) for name in scoring.PLAIN_SCORES}
-        raw = Raw(zeros, torch.zeros(1, config.latent_dim).double())
-        # Raises where shapes or names do not fit
-        scoring.all_scores(raw, calibration.statistics, calibration.scores)
+        threshold, scale = state["threshold"], state["scale"]
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:

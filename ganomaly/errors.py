@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -17,31 +16,13 @@ def flag(name: str) -> str:
     return f"{name} (with make: ARGS={name})"
 
 
-HINTS = {
-    errno.ENOSPC: "free some space, then the same command goes on",
-    errno.EDQUOT: "free some space, then the same command goes on",
-    errno.EACCES: "check who may read and write there",
-    errno.EPERM: "check who may read and write there",
-    errno.EROFS: "choose a folder that can be written to",
-}
-
-
-INSTALL = "use make without PYTHON=, or python3 -m pip install -r requirements.txt"
-
-
 def describe(error: BaseException) -> str | None:
-    """One line for a UserError, an OSError, a missing package or too little memory.
-
-    None for a bug of ours.
-    """
+    """One line for a UserError, an OSError or too little memory. None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
-        return f"{where}{error.strerror or error}{hint}"
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ganomaly"):
-        return f"{error.name} is not installed; {INSTALL}"
+        return f"{where}{error.strerror or error}"
     if out_of_memory(error):
         return "out of memory: lower --image-size, --width or, in training, --batch-size"
     return None
@@ -49,10 +30,7 @@ def describe(error: BaseException) -> str | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Known by name and text, so that this module does not import torch."""
-    texts = (
-        "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED",
-    )  # fmt: skip
+    texts = ("can't allocate memory", "CUDA error: out of memory", "ALLOC")  # cuBLAS, cuDNN
     return (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
@@ -78,7 +56,7 @@ def exit_code(code: int) -> int:
 
 
 def quiet(failure: threading.ExceptHookArgs) -> None:
-    """Hide a full disk in TensorBoard's thread: the main thread reports it too."""
+    """Print no OSError of TensorBoard's thread, such as a full disk: the main thread reports it."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -90,9 +68,7 @@ def guard(main, argv: list[str] | None = None) -> int:
     """
     threading.excepthook = quiet
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # so that every file name can be printed
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        stream.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed
     try:
         code = main(argv) or 0
         sys.stdout.flush()
@@ -110,5 +86,5 @@ def guard(main, argv: list[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # a closed pipe or a full disk; else Python tries again at exit
+        except OSError:  # a closed pipe or a full disk. Python must not flush again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

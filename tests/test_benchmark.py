@@ -42,7 +42,7 @@ def test_a_failing_category_is_named_and_the_others_are_done(script, fifteen, tm
     words = benchmark_words(root, tmp_path / "out", "--categories", "tile", "wood")
     code, out, err = script("benchmark", *words)
     assert code == 1 and "wood seed 42: AUROC" in out and "Traceback" not in err
-    assert "failed tile seed 42: 1 image cannot be read" in err and "000.png" in err
+    assert "failed tile seed 42: 1 of 24 images cannot be read" in err and "000.png" in err
     assert not list((tmp_path / "out/all/tile").rglob("*.json"))
 
 

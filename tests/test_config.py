@@ -65,12 +65,9 @@ def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
     config = parsed("--config", str(path), "--dataset", "mnist", "--category", "3")
     assert (config.image_size, config.channels, config.steps) == (32, 1, 11_800)
     assert config.lr == 1e-3 and config.category == "3"
-    # What the file's dataset changed of the defaults is taken back
     digits = str(ROOT / "experiments/digits/config.json")
     config = parsed("--config", digits, "--dataset", "folder", "--width", "8")
-    for name in DATASET_DEFAULTS["digits"].keys() - {"category", "width"}:
-        assert getattr(config, name) == FIELDS[name].default, name
-    assert (config.width, config.category) == (8, None)
+    assert (config.width, config.channels, config.category) == (8, 1, None)
 
 
 def test_every_field_is_a_flag():
@@ -87,8 +84,8 @@ REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 1.5, "whole number"),
     ("steps", True, "whole number"),
     ("steps", "many", "whole number"),
-    ("image_size", 48, "power of two"),
-    ("image_size", 2048, "at most 1024"),
+    ("image_size", 48, "32, 64"),
+    ("width", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
     ("lr", float("nan"), "more than 0"),
     ("lr", 10**400, "more than 0"),
@@ -121,7 +118,7 @@ def test_a_knob_may_be_a_bool(monkeypatch):
     given = [parser.given(parser.parse_args([word]))["switch"] for word in words]
     assert [checked(field, value) for value in given[:2]] == [True, False]
     for value in (given[2], 1):
-        with pytest.raises(UserError, match="switch: .* is not true or false"):
+        with pytest.raises(UserError, match="switch: .* allowed: true or false"):
             checked(field, value)
 
 
@@ -133,23 +130,20 @@ def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
     ]
 
 
-def test_what_is_no_config_is_named_and_an_unknown_key_or_flag_with_the_nearest():
+def test_what_is_no_config_is_named_and_an_unknown_key_with_the_nearest():
     for text in ("[1]", "{"):
         with pytest.raises(UserError, match=r"^saved\.json: "):
             from_json(text, "saved.json")
     with pytest.raises(UserError, match="'stepz'; did you mean 'steps'"):
         from_json('{"stepz": 5}')
-    with pytest.raises(UserError, match="'--stepz'; did you mean '--steps'"):
-        parsed("--stepz", "5")
-    with pytest.raises(UserError, match="'--step'"):  # no abbreviations either
-        parsed("--step", "5")
+    with pytest.raises(UserError, match="unrecognized arguments: --step 5; --help"):
+        parsed("--step", "5")  # no abbreviations either
 
 
 def test_knobs_that_do_not_fit_together_are_refused():
     for values, words in (
-        (dict(w_adv=0, w_con=0, w_enc=0), "w_adv, w_con, w_enc"),
-        (dict(comparator_width=8), "comparator_width: 8 needs corrupted images"),
-        (dict(comparator_width=8, corrupted=0.05), "corrupted 0.05 of batch_size 16 is none"),
+        (dict(comparator_width=8), "comparator_width: it needs corrupted images"),
+        (dict(comparator_width=8, corrupted=0.05), "comparator_width: it needs"),
         (dict(score="comparator", corrupted=0.5), "score: comparator needs"),
     ):
         with pytest.raises(UserError, match=words):

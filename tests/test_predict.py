@@ -171,12 +171,8 @@ def test_an_output_spares_the_inputs_and_what_cannot_be_written_to(
         assert "--output" in refusal(script(*words, bad))
     assert "is an input" in refusal(script("export", "--model", model, "--output", model))
     assert contents(finished) == before
-    loop = tmp_path / "loop"
-    loop.symlink_to(loop)
-    assert "no folder" in refusal(script("train", "--dataset=folder", "--data-root", loop))
-    printed(script(*words, loop))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert "cannot be written to" in refusal(script(*words, tmp_path / "closed" / "a.csv"))
+    assert "cannot be written" in refusal(script(*words, tmp_path / "closed" / "a.csv"))
 
 
 @pytest.mark.parametrize("command", ["predict", "report"])

@@ -121,7 +121,7 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
 def test_training_never_sees_calibration_or_test_images(tmp_path):
     root = draw_category(tmp_path / "images" / "parts")
     runs = [train(root.parent, tmp_path / "a")]
-    _, held_out = data.split_calibration(24, Config(category="parts"))
+    _, held_out = data.split_calibration(24, Config(category="parts"), "parts")
     rng = np.random.default_rng(5)
     files = images.image_files(root / "train" / "good")
     for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):

@@ -22,7 +22,6 @@ from ganomaly.scoring import Outputs
 # Limits of the images of one pass and of the PCA's, to save memory. At least 82: where every second
 # image is taken, 41 are left, and a PCA of 40 components needs 41.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
-EXACT_PIXELS = 2**22  # above it values are counted: scikit-learn needs 65 bytes a pixel
 
 
 def test_scores(detector: Detector, category: Category) -> dict[str, Tensor]:
@@ -99,13 +98,8 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
         message = "no pixel of any mask is defective at this image size (masks are 0 and 255)"
         print(f"note: {category.name}: {message}, so no figures of pixels", file=sys.stderr)
         return None
-    if masks.numel() <= EXACT_PIXELS:
-        heat = detector.heat_maps(category.test)
-        return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
-    counts = metrics.Counts()
-    for images, mask in zip(category.test.split(detector.batch), masks.split(detector.batch)):
-        counts.add(mask.numpy(), detector.heat_maps(images).numpy())
-    return counts.auroc()
+    heat = detector.heat_maps(category.test)
+    return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
 
 
 class Look(NamedTuple):

@@ -159,6 +159,6 @@ def reference_of(experiment: Path, recipe: str | None = None) -> Reference | Non
         with open(folder / "results.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
-    except (UserError, ValueError, KeyError, TypeError):  # an experiment without a recipe
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # an experiment without a recipe
         return None
     return Reference(folder.name, figures, configuration.differences(ours, theirs))
