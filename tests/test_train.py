@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ganomaly import data, images
 from ganomaly.config import FIELDS, SCORES, Config
@@ -102,7 +103,7 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
         saved.clear()
         threads.clear()
         setting = pipeline.Setting(tmp_path / "images", torch.device("cpu"))
-        pipeline.run_one(config, tmp_path / name, setting)
+        pipeline.run_one(config, tmp_path / name, setting, tqdm(disable=True))
         metrics, scores = numbers(Run(tmp_path / name, config.category, config).folder)
         for echoed in ("category", "dataset", "seed", "score"):
             del metrics[echoed]

@@ -27,6 +27,7 @@ from ganomaly.runs.charts import read_curve
 from ganomaly.runs.pictures import panel, png
 from ganomaly.runs.provenance import changed_code, code
 from ganomaly.runs.results import ALWAYS, COUNTS, FIGURES, METRICS, TEXTS, TIMES, csv_text
+from ganomaly.scoring import Outputs
 
 # Files that --force deletes, in this order, so that a kill in between never leaves a run that looks
 # finished. Each begin() deletes the first three.
@@ -91,10 +92,10 @@ class Run:
             self.path("scores.csv"), csv_text(["path", "defect", "label", *scores], list(rows))
         )
 
-    def write_samples(self, x: Tensor, x_hat: Tensor) -> None:
+    def write_samples(self, o: Outputs) -> None:
         """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
-        pixels = (panel(x, x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
-        image, scale = Image.fromarray(pixels), max(1, 64 // x.shape[-1])
+        pixels = (panel(o.x, o.x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
+        image, scale = Image.fromarray(pixels), max(1, 64 // self.config.image_size)
         larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
         write_atomic(self.path("samples.png"), png(larger))
 
@@ -128,7 +129,6 @@ class Recorder:
         """look(networks, scale) -> evaluation.Look; bar: shows the progress."""
         self.run, self.look, self.progress = run, look, bar
         self.config, self.name = run.config, run.name
-        self.step = 0  # of the last checkpoint
         self.board: SummaryWriter | None = None
 
     def load(self) -> dict | None:
@@ -150,7 +150,7 @@ class Recorder:
             self.run.compare(theirs)
             if changed:
                 raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
-        self.step = step = state["step"] if state else 0
+        step = state["step"] if state else 0
         if step:
             print(f"{self.name}: going on from step {step}", file=sys.stderr)
         log = self.run.path("log.jsonl")
@@ -163,7 +163,6 @@ class Recorder:
     def save(self, state: dict) -> None:
         origin = {"config": self.config.to_json(), "code": code()}
         write_torch(self.run.path("last.pt"), {**state, **origin})
-        self.step = state["step"]
 
     def skip(self, steps: int) -> None:
         skip(self.progress, steps)
@@ -220,10 +219,8 @@ class Recorder:
 
 def skip(bar: tqdm, steps: int) -> None:
     """Move a progress bar past steps that were done before, without counting them as speed."""
-    if not bar.disable:
-        bar.initial += steps
-        bar.n += steps
-        bar.refresh()
+    bar.n = bar.last_print_n = bar.n + steps
+    bar.refresh()
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
