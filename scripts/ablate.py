@@ -14,7 +14,7 @@ from ganomaly.config import Config, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, exit_code, guard
 from ganomaly.files import write_atomic
-from ganomaly.runs.experiment import rewriting, runs_of, warn
+from ganomaly.runs.experiment import rewriting, runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
 from ganomaly.runs.results import Page, Table, csv_text, markdown, spread
 from ganomaly.training import resolve_amp
@@ -102,7 +102,7 @@ def read_runs(folder: Path) -> Runs:
     """The evaluated runs that are there."""
     runs = {}
     for name, _ in ABLATIONS:
-        for _, metrics, _ in runs_of(folder / slug(name), warn):
+        for _, metrics, _ in runs_of(folder / slug(name)):
             if metrics["auroc"] is not None:
                 runs[name, metrics["category"], metrics["seed"]] = metrics
     return runs

@@ -19,7 +19,7 @@ from ganomaly import data, images
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.detector import Detector
 from ganomaly.runs import evaluation, experiment, pipeline
-from ganomaly.runs.results import METRICS
+from ganomaly.runs.results import FIGURES, METRICS
 from ganomaly.runs.run import Recorder, Run
 
 from .conftest import (
@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert {"config.json", "log.jsonl", "last.pt", "model.pt", "scores.csv"} < names
     assert {"metrics.json", "samples.png"} < names and not any("tmp" in name for name in names)
     metrics = read_json(folder / "metrics.json")
-    assert set(metrics) == set(METRICS) and set(metrics["scores"]) == set(Config().scores)
+    assert set(metrics) == {*METRICS, *FIGURES} and set(metrics["scores"]) == set(Config().scores)
     origin = {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"}
     assert origin <= set(metrics["provenance"])
     assert (metrics["pixel_auroc"], metrics["auroc_brightness_raw"]) == (None, None)

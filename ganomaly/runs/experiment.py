@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ganomaly.config import EXPERIMENTS, Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.charts import Curve, curves_svg, read_curve
-from ganomaly.runs.results import Page, Reference, markdown, results_csv, results_page
+from ganomaly.runs.results import ORACLE, Page, Reference, markdown, results_csv, results_page
 from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
 SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
@@ -62,42 +62,30 @@ def recipe_of(config: Config) -> Config:
 class Results:
     """The finished runs of an experiment."""
 
-    runs: list[dict]  # metrics, by seed and category
+    runs: list[dict]  # metrics, by seed and category; ORACLE among them where there is a curve
     one_recipe: bool  # all of one recipe; `local` may hold several, and then there are no means
     curves: dict[str, list[Curve]]  # by category, one a seed
-    best: dict[tuple[str, int], float]  # (category, seed) -> an oracle: the best checkpoint's AUROC
 
 
-def warn(error: UserError) -> None:
-    print(f"warning: not in the tables: {error}", file=sys.stderr)
-
-
-def read_results(
-    experiment: Path,
-    refused: Callable[[UserError], None] = warn,
-    only: Collection[tuple[str, int]] | None = None,
-) -> Results:
+def read_results(experiment: Path, only: Collection[tuple[str, int]] | None = None) -> Results:
     """The runs of an experiment, or those of them whose category and seed `only` has."""
-    results, recipes = Results([], True, {}, {}), []
-    for run, metrics, config in runs_of(experiment, refused):
-        key = metrics["category"], metrics["seed"]
-        if only is not None and key not in only:
+    results, recipes = Results([], True, {}), []
+    for run, metrics, config in runs_of(experiment):
+        if only is not None and (metrics["category"], metrics["seed"]) not in only:
             continue
         results.runs.append(metrics)
         recipes.append(recipe_of(config))
         if curve := read_curve(run / "curve.csv"):
             results.curves.setdefault(run.parent.name, []).append(curve)
             if metrics["score"] in curve and metrics["auroc"] is not None:
-                results.best[key] = max(metrics["auroc"], *curve[metrics["score"]].values())
+                metrics[ORACLE] = max(metrics["auroc"], *curve[metrics["score"]].values())
     results.runs.sort(key=lambda m: (m["seed"], m["category"]))
     results.one_recipe = not any(configuration.differences(one, recipes[0]) for one in recipes)
     return results
 
 
-def runs_of(
-    experiment: Path, refused: Callable[[UserError], None]
-) -> Iterator[tuple[Path, dict, Config]]:
-    """Folder, metrics and config of every finished run; refused(error) is called for damaged ones.
+def runs_of(experiment: Path) -> Iterator[tuple[Path, dict, Config]]:
+    """Folder, metrics and config of every finished run, with a warning of damaged ones.
 
     A run that another process is making anew meanwhile is left out.
     """
@@ -111,7 +99,7 @@ def runs_of(
         except FileNotFoundError:
             continue
         except UserError as error:
-            refused(error)
+            print(f"warning: not in the tables: {error}", file=sys.stderr)
         else:
             yield path.parent, metrics, config
 
@@ -143,7 +131,7 @@ def rewriting(experiment: Path):
 def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Page:
     """The results for people, the reference beside them where there is one."""
     reference = reference_of(experiment, recipe)
-    return results_page(experiment.name, results.runs, results.one_recipe, results.best, reference)
+    return results_page(experiment.name, results.runs, results.one_recipe, reference)
 
 
 def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:

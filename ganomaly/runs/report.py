@@ -64,7 +64,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
 def html(folder: Path, data_root: Path | None, device: torch.device) -> str:
     """The page of an experiment: tables, curves, a section a category, what could not be shown."""
     missing: dict[str, None] = {}  # sentences on what could not be shown; a dict keeps each once
-    results = read_results(folder, lambda error: missing.setdefault(f"{error}."))
+    results = read_results(folder)
     runs = [m for m in results.runs if m["auroc"] is not None]
     origins = {tuple(str(m["provenance"].get(k)) for k in ("command", "commit")) for m in runs}
     out = [

@@ -13,7 +13,6 @@ from ganomaly.runs.published import PUBLISHED
 from ganomaly.scoring import share_above
 
 # The keys of metrics.json
-TEXTS = ("category", "dataset", "score")
 ALWAYS = (  # of a run that was evaluated
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca",
@@ -21,7 +20,10 @@ ALWAYS = (  # of a run that was evaluated
 FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc", "auroc_nearest")
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
-METRICS = (*TEXTS, "seed", "threshold", "scores", "provenance", *ALWAYS, *COUNTS, *TIMES)
+METRICS = {  # an older run may lack the figures that are not ALWAYS there
+    "category", "dataset", "score", "seed", "threshold", "scores", "provenance",
+    *ALWAYS, *COUNTS, *TIMES,
+}  # fmt: skip
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
 
 ORACLE, REFERENCE = "auroc_best_checkpoint", "auroc_reference"  # of results.md only
@@ -141,20 +143,16 @@ def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
 
 
 def results_page(
-    name: str, runs: list[dict], one_recipe: bool = True, best: dict | None = None,
-    reference: Reference | None = None,
-) -> Page:  # fmt: skip
+    name: str, runs: list[dict], one_recipe: bool = True, reference: Reference | None = None
+) -> Page:
     """The results for people: mean ± standard deviation over seeds, published figures beside.
 
     one_recipe: the runs are of one recipe. Else each has a row, and there are no means.
-    best: (category, seed) -> the AUROC of a run's best checkpoint. reference: its AUROC of the same
-    category and seed stands beside ours.
+    reference: its AUROC of the same category and seed stands beside ours.
     """
-    rows = []
-    for run in runs:
-        key = run["category"], run["seed"]
-        both = {ORACLE: (best or {}).get(key), REFERENCE: reference and reference.auroc.get(key)}
-        rows.append({**flat(run), **both})
+    rows = [flat(run) for run in runs]
+    for row in rows if reference else []:
+        row[REFERENCE] = reference.auroc.get((row["category"], row["seed"]))
     page: Page = [name]
     if untested := ", ".join(row["category"] for row in rows if row["auroc"] is None):
         page.append(f"Trained and calibrated, nothing to evaluate: {untested}.")
