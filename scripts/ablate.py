@@ -16,7 +16,7 @@ from ganomaly.errors import UserError, exit_code, guard
 from ganomaly.files import write_atomic
 from ganomaly.runs.experiment import rewriting, runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
-from ganomaly.runs.results import Page, Table, csv_text, markdown, spread
+from ganomaly.runs.results import Page, Table, csv_text, flat, markdown, score_columns, spread
 from ganomaly.training import resolve_amp
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
@@ -33,7 +33,7 @@ ABLATIONS = [
     ("no comparator", dict(comparator_width=0)),
     ("no corruption, no comparator", dict(corrupted=0.0, comparator_width=0)),
 ]
-Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> metrics
+Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat metrics
 
 
 def main(argv=None) -> int:
@@ -104,7 +104,7 @@ def read_runs(folder: Path) -> Runs:
     for name, _ in ABLATIONS:
         for _, metrics, _ in runs_of(folder / slug(name)):
             if metrics["auroc"] is not None:
-                runs[name, metrics["category"], metrics["seed"]] = metrics
+                runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
     return runs
 
 
@@ -112,16 +112,14 @@ def write_tables(folder: Path) -> None:
     """results.csv and results.md of all runs that are there."""
     with rewriting(folder):
         runs = read_runs(folder)
-        scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
-        rows = []
+        scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():
             base = runs.get(("base", category, seed))
             difference = None if base is None else m["auroc"] - base["auroc"]
-            every = [m["scores"].get(score) for score in scores]
+            every = [m.get(score) for score in scores]
             rows.append([name, category, seed, m["auroc"], difference, *every])
-        header = ["ablation", "category", "seed", "auroc", "difference"]
-        text = csv_text([*header, *(f"auroc_{score}" for score in scores)], rows)
-        write_atomic(folder / "results.csv", text)
+        header = ["ablation", "category", "seed", "auroc", "difference", *scores]
+        write_atomic(folder / "results.csv", csv_text(header, rows))
         write_atomic(folder / "results.md", markdown(page(runs)))
 
 
@@ -130,38 +128,30 @@ def page(runs: Runs) -> Page:
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
     names = list(dict.fromkeys(name for name, *_ in runs))
-    scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+    scores = score_columns(runs.values())
 
-    def cells(name: str, figure, of=categories) -> tuple[str, str]:
+    def cells(name: str, key: str, of=categories) -> tuple[str, str]:
         """The spread of an ablation's figures, and that of their differences to the base."""
-        mine = {key[1:]: figure(m) for key, m in runs.items() if key[0] == name and key[1] in of}
-        figures = {key: value for key, value in mine.items() if value is not None}
-        base = {key: figure(runs.get(("base", *key), {})) for key in figures}
-        pairs = [(v, base[key]) for key, v in figures.items() if base[key] is not None]
-        differences = "" if name == "base" else spread([a - b for a, b in pairs], "+")
-        return spread(list(figures.values())), differences
-
-    def auroc(m: dict):
-        return m.get("auroc")
+        mine = {k[1:]: m[key] for k, m in runs.items() if k[0] == name and k[1] in of and key in m}
+        base = {k: runs[("base", *k)] for k in mine if ("base", *k) in runs}
+        differences = [mine[k] - m[key] for k, m in base.items() if key in m]
+        return spread([*mine.values()]), "" if name == "base" else spread(differences, "+")
 
     header = ["ablation", *(title for c in categories for title in (c, "difference"))]
     rows = [
-        [name, *(x for c in categories for x in cells(name, auroc, [c])), cells(name, auroc)[1]]
+        [name, *(x for c in categories for x in cells(name, "auroc", [c])), cells(name, "auroc")[1]]
         for name in names
     ]
-    every = []
-    for name in names:
-        both = [cells(name, lambda m, s=score: m.get("scores", {}).get(s)) for score in scores]
-        every.append([name, *(mean if name == "base" else diff for mean, diff in both)])
+    every = [[name, *(cells(name, key)[name != "base"] for key in scores)] for name in names]
     return [
         "Ablations",
         f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
         "difference to the base run of the same category and seed. The last column is over "
         "categories and seeds together.",
-        "\n".join(sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()})),
+        "\n".join(sorted({f"`{m.get('command')}`" for m in runs.values()})),
         Table([*header, "difference, all"], rows),
         "Every score of the same runs, difference to the base run, over categories and seeds:",
-        Table(["ablation", *scores], every),
+        Table(["ablation", *(key.removeprefix("auroc_") for key in scores)], every),
     ]
 
 

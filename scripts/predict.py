@@ -90,10 +90,7 @@ def find_images(text: str) -> list[Item]:
     """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
     path = Path(text)
     if text == "-":
-        given = os.fsdecode(sys.stdin.buffer.read())
-        if "\0" in given:
-            raise UserError("--images -: takes a path a line, as find prints them without -print0")
-        lines = [line.removesuffix("\r") for line in given.split("\n")]
+        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
         if not any(lines):
             raise UserError("--images -: no paths came through the pipe")
         return [one_item(Path(line)) for line in lines if line]
@@ -157,12 +154,9 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
     """Yield every item with (score, p-value, defective), or with why it cannot be read."""
     config = detector.config
     results = decode((item.path for item in items), config.image_size, config.channels)
-    batch = []
-    bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
-    for number, (item, pixels) in enumerate(bar, 1):
-        batch.append((item, pixels))
-        if len(batch) < detector.batch and number < len(items):
-            continue
+    starts = range(0, len(items), detector.batch)
+    for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
+        batch = list(zip(items[start : start + detector.batch], results))
         readable = [(item, pixels) for item, pixels in batch if not isinstance(pixels, str)]
         if readable:
             images = torch.from_numpy(np.stack([pixels for _, pixels in readable]))
@@ -171,7 +165,6 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
                 write_heatmaps(detector, images, [item for item, _ in readable], heatmaps)
         for item, pixels in batch:
             yield item, pixels if isinstance(pixels, str) else next(verdicts)
-        batch = []
 
 
 def write_heatmaps(
@@ -179,10 +172,8 @@ def write_heatmaps(
 ) -> None:
     maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
     for (path, name), x_hat, heat in zip(items, x_hats, maps):
-        large = read_image(path, SIDE, detector.config.channels)
-        if not isinstance(large, str):  # it was there a moment ago
-            picture = explained(torch.from_numpy(large), x_hat, heat)
-            write_atomic(heatmap_of(folder, name), png(picture))
+        large = torch.from_numpy(read_image(path, SIDE, detector.config.channels))
+        write_atomic(heatmap_of(folder, name), png(explained(large, x_hat, heat)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,25 +142,7 @@ def scoring(args) -> list[dict]:
     return rows
 
 
-def start(args) -> list[dict]:
-    """Seconds from the start of train.py to its first training step, and of all of it on the
-    digits."""
-    first = []
-    with tempfile.TemporaryDirectory() as scratch:
-        train = [sys.executable, "scripts/train.py", "--force", "--experiments-dir", scratch]
-        train += ["--device", str(args.device)]
-        # train.py creates this file just before its first step. One step adds nothing to it
-        log = Path(scratch) / "local/0/seed42/log.jsonl"
-        for _ in range(args.repeats):
-            begun = time.time()
-            output_of([*train, "--steps=1"])
-            first.append(log.stat().st_mtime - begun)
-        begun = time.time()
-        output_of(train)
-    return [{"to_the_first_step": first, "make_train": time.time() - begun}]
-
-
-PARTS = {"roof": roof, "training": training, "scoring": scoring, "start": start}
+PARTS = {"roof": roof, "training": training, "scoring": scoring}
 
 
 def page(table: dict) -> Page:

@@ -31,14 +31,9 @@ def provenance(device: torch.device, config: Config) -> dict:
         "threads": config.threads,
         "commit": commit(),
         "command": command(sys.argv),
-        "date": now(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "code": code(),
     }
-
-
-def now() -> str:
-    """ISO, in UTC, to a second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def cpu_name() -> str:

@@ -96,7 +96,7 @@ def flat(metrics: dict) -> dict:
     return {**metrics, **scores, **metrics["provenance"]}
 
 
-def score_columns(rows: list[dict]) -> list[str]:
+def score_columns(rows: Iterable[dict]) -> list[str]:
     return [f"auroc_{name}" for name in dict.fromkeys(n for row in rows for n in row["scores"])]
 
 
