@@ -13,8 +13,8 @@ from ganomaly import cli, data
 from ganomaly.config import Config, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, exit_code, guard
-from ganomaly.files import write_atomic
-from ganomaly.runs.experiment import rewriting, runs_of
+from ganomaly.files import locked, write_atomic
+from ganomaly.runs.experiment import runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
 from ganomaly.runs.results import Page, Table, csv_text, flat, markdown, score_columns, spread
 from ganomaly.training import resolve_amp
@@ -110,7 +110,7 @@ def read_runs(folder: Path) -> Runs:
 
 def write_tables(folder: Path) -> None:
     """results.csv and results.md of all runs that are there."""
-    with rewriting(folder):
+    with locked(folder, wait=True):
         runs = read_runs(folder)
         scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():

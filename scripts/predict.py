@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,7 +20,6 @@ from ganomaly import cli
 # isort: split
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ganomaly.detector import Detector, load_detector
@@ -31,10 +29,9 @@ from ganomaly.files import check_output, write_atomic, write_output
 from ganomaly.images import SUFFIXES, decode, note_others, read_image, suffix_of
 from ganomaly.runs.pictures import SIDE, explained, png
 
-
-class Item(NamedTuple):  # of text: Path objects of 100,000 images would use most of the memory
-    path: str
-    name: str  # of its heat map: relative to the folder that was asked for
+# A path, and the name of its heat map: relative to the folder that was asked for. Both are text:
+# Path objects of 100,000 images would use most of the memory
+Item = tuple[str, str]
 
 
 def main(argv=None) -> int:
@@ -56,7 +53,7 @@ def main(argv=None) -> int:
     above = detector.set_quantile(args.quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
-        check_output(args.output, [args.model, *(item.path for item in items)])
+        check_output(args.output, [args.model, *(path for path, _ in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -65,15 +62,15 @@ def main(argv=None) -> int:
     writer.writerow(["path", "score", "threshold", "verdict", "p_value"])
     threshold = f"{detector.threshold:.9g}"
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
-    for item, result in judged(detector, items, args.heatmaps):
+    for (path, _), result in judged(detector, items, args.heatmaps):
         if isinstance(result, str):
             counts["unreadable"] += 1
-            writer.writerow([item.path, "", threshold, f"unreadable: {result}", ""])
+            writer.writerow([path, "", threshold, f"unreadable: {result}", ""])
         else:
             score, p_value, defective = result
             verdict = "defective" if defective else "normal"
             counts[verdict] += 1
-            writer.writerow([item.path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+            writer.writerow([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
     if args.output:
         write_output(args.output, text.getvalue())
     print(
@@ -100,13 +97,12 @@ def find_images(text: str) -> list[Item]:
         for place, folders, names in os.walk(path, onerror=lambda e: closed.append(e.filename)):
             folders[:] = [name for name in folders if name[0] != "."]
             inside += [os.path.join(place, name) for name in names if name[0] != "."]
-        inside = [p.removeprefix("./") for p in inside]  # as Path writes them
         note_others(path, inside)
         inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)] + closed
         if not inside:
             raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         inside.sort(key=lambda p: p.split(os.sep))
-        return [Item(p, os.path.relpath(p, path)) for p in inside]
+        return [(p, os.path.relpath(p, path)) for p in inside]
     if path.is_file():
         return [one_item(path)]
     if glob.has_magic(text):
@@ -120,7 +116,7 @@ def find_images(text: str) -> list[Item]:
 def one_item(path: Path) -> Item:
     """One image by its own path, whether it exists or not: its row says what is wrong."""
     inside = not path.is_absolute() and ".." not in path.parts
-    return Item(str(path), str(path) if inside else path.name)
+    return str(path), str(path) if inside else path.name
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
@@ -130,20 +126,10 @@ def check_heatmaps(folder: Path, items: list[Item]) -> None:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
-        if target.exists() and not is_heatmap(target):
-            raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"
             raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def is_heatmap(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.size == (3 * SIDE, SIDE)
-    except Exception:  # damaged, or anything else
-        return False
 
 
 def heatmap_of(folder: Path, name: str) -> Path:
@@ -153,7 +139,7 @@ def heatmap_of(folder: Path, name: str) -> Path:
 def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
     """Yield every item with (score, p-value, defective), or with why it cannot be read."""
     config = detector.config
-    results = decode((item.path for item in items), config.image_size, config.channels)
+    results = decode((path for path, _ in items), config.image_size, config.channels)
     starts = range(0, len(items), detector.batch)
     for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
         batch = list(zip(items[start : start + detector.batch], results))

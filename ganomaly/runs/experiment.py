@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import sys
 from collections.abc import Collection, Iterator
@@ -17,7 +16,6 @@ from ganomaly.runs.charts import Curve, curves_svg, read_curve
 from ganomaly.runs.results import ORACLE, Page, Reference, markdown, results_csv, results_page
 from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
-SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
 SCRATCH = "local"  # the experiment of make train holds runs of any config
 SEED = 42  # of a recipe's config.json
 
@@ -109,23 +107,15 @@ def write_results(experiment: Path, recipe: str | None = None) -> None:
 
     recipe: whose committed table stands beside the figures; see reference_of.
     """
-    with rewriting(experiment):  # the last of several processes writes what all have done
+    with locked(experiment, wait=True):  # the last of several processes writes what all have done
+        for path in experiment.glob(".*.tmp"):  # of a process that was killed
+            path.unlink()
         results = read_results(experiment)
         if results.curves:
             picture = curves_svg(experiment.name, results.curves)
             write_atomic(experiment / "curves.svg", picture)
         write_atomic(experiment / "results.csv", results_csv(results.runs, results.one_recipe))
         write_atomic(experiment / "results.md", markdown(page_of(experiment, results, recipe)))
-
-
-@contextlib.contextmanager
-def rewriting(experiment: Path):
-    """Around the writing of an experiment's tables; tidies up after a process that was killed."""
-    with locked(experiment, wait=True):
-        for name in SHARED:
-            for path in experiment.glob(f".{name}.*.tmp"):
-                path.unlink()
-        yield
 
 
 def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Page:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import datetime
-import functools
 import hashlib
 import platform
 import shlex
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-@functools.cache
+@cache
 def code() -> dict[str, str]:
     """A hash of every module that computes, as it was when first asked.
 
@@ -68,24 +68,19 @@ def code() -> dict[str, str]:
 def changed_code(before: dict | None) -> str:
     """The modules that are not those of `before`, as text; empty where all are the same."""
     before, today = before or {}, code()
-    names = [name for name in {**before, **today} if before.get(name) != today.get(name)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(n for n in {**before, **today} if before.get(n) != today.get(n))
 
 
-@functools.cache
+@cache
 def commit() -> str | None:
     """HEAD when first asked, with +changes where the code differs; None outside of git."""
+    git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "ganomaly", "scripts", "requirements.txt")
+        head = git(["git", "rev-parse", "HEAD"]).strip()
+        changed = git("git status --porcelain -- ganomaly scripts requirements.txt".split())
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
-
-
-def git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def command(argv: list[str]) -> str:

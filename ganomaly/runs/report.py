@@ -24,7 +24,6 @@ from ganomaly.files import locked, write_output
 from ganomaly.images import read_images
 from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
-from ganomaly.runs.pipeline import check_train_images
 from ganomaly.runs.results import Page, Table
 from ganomaly.runs.run import run_folder
 
@@ -142,7 +141,6 @@ def explained_images(
     use_threads(config.threads)
     if config.in_folders:
         hashes = data.image_hashes(config, data_root)
-        check_train_images(metrics, hashes, config, data_root)
         if metrics["provenance"].get("test_images") != hashes["test_images"]:
             raise UserError("its test images changed since; make evaluate scores them again")
         files = [data.category_folder(config, data_root) / name for name in names]

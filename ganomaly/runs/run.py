@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ganomaly import config as configuration
 from ganomaly.config import Config
 from ganomaly.errors import UserError, flag
-from ganomaly.files import path_in_error, read_torch, write_atomic, write_torch
+from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs.charts import read_curve
 from ganomaly.runs.pictures import panel, png
 from ganomaly.runs.provenance import changed_code, code
@@ -58,14 +58,11 @@ class Run:
 
     def check(self) -> None:
         """UserError where the folder holds a run of another config, or where its config is gone."""
-        if self.path("config.json").is_file():
-            self.compare(configuration.load(self.path("config.json")))
-        elif self.finished:  # an unfinished run's checkpoint holds its config too
-            message = f"{self.path('config.json')} is gone"
-            raise UserError(f"{message}; {flag('--force')} trains this run anew")
-
-    def compare(self, theirs: Config) -> None:
-        if changed := configuration.differences(self.config, theirs):
+        path = self.path("config.json")
+        if not path.is_file():
+            if self.finished or self.path("last.pt").is_file():
+                raise UserError(f"{path} is gone; {flag('--force')} trains this run anew")
+        elif changed := configuration.differences(self.config, configuration.load(path)):
             message = f"{self.folder} was made with another config: {', '.join(changed)}"
             raise UserError(f"{message}; {ANEW}")
 
@@ -132,37 +129,31 @@ class Recorder:
                 os.replace(path, path.with_name("last.damaged.pt"))
                 message = "is damaged; set aside as last.damaged.pt, training starts anew"
                 print(f"warning: {path} {message}", file=sys.stderr)
-        if state:
-            self.run.compare(configuration.from_json(state["config"], path))
-            if changed := changed_code(state.get("code")):
-                raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
+        if state and (changed := changed_code(state.get("code"))):
+            raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
         step = state["step"] if state else 0
         if step:
             print(f"{self.name}: going on from step {step}", file=sys.stderr)
         log = self.run.path("log.jsonl")
         lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
         write_atomic(log, "".join(lines[: step // LOG_EVERY]))
-        with path_in_error(self.run.folder):
-            self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
-            self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
+        self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
+        self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
         return state
 
     def save(self, state: dict) -> None:
-        origin = {"config": self.config.to_json(), "code": code()}
-        write_torch(self.run.path("last.pt"), {**state, **origin})
+        write_torch(self.run.path("last.pt"), {**state, "code": code()})
 
     def skip(self, steps: int) -> None:
         skip(self.progress, steps)
 
     def log(self, record: dict) -> None:
         step = record["step"]
-        path = self.run.path("log.jsonl")
-        with path_in_error(path), open(path, "a", encoding="utf-8") as file:
+        with open(self.run.path("log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        with path_in_error(self.run.folder):
-            for key in record.keys() - {"step"}:
-                group = "speed" if key == "images_per_second" else "loss"
-                self.board.add_scalar(f"{group}/{key}", record[key], step)
+        for key in record.keys() - {"step"}:
+            group = "speed" if key == "images_per_second" else "loss"
+            self.board.add_scalar(f"{group}/{key}", record[key], step)
         # The two that say most, and short enough for a terminal
         text = f"loss_d {record['discriminator']:.4f}, l1 {record['contextual']:.4f}"
         speed = f"{record['images_per_second']:.0f} images/s"
@@ -180,11 +171,10 @@ class Recorder:
             rows = [[s, *(f"{curve[name][s]:.6g}" for name in names)] for s in steps]
             rows.append([step, *(f"{value:.6g}" for value in aurocs.values())])
             write_atomic(path, csv_text(["step", *names], rows))
-        with path_in_error(self.run.folder):
-            self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
-            self.board.add_histogram("latent/z", o.z, step)
-            self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
-            self.board.flush()
+        self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
+        self.board.add_histogram("latent/z", o.z, step)
+        self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
+        self.board.flush()
 
     def write_histograms(self, labels, scores: dict[str, Tensor], normal: dict[str, Tensor]):
         """Score histograms for TensorBoard: calibration, good and defective images."""
@@ -193,14 +183,12 @@ class Recorder:
             if len(labels):
                 groups["good"] = scores[name][labels == 0]
                 groups["defective"] = scores[name][labels == 1]
-            with path_in_error(self.run.folder):
-                for group, part in groups.items():
-                    self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
+            for group, part in groups.items():
+                self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
 
     def close(self) -> None:
         if self.board is not None:
-            with path_in_error(self.run.folder):
-                self.board.close()
+            self.board.close()
 
 
 def skip(bar: tqdm, steps: int) -> None:
