@@ -37,10 +37,12 @@ Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat me
 
 
 def main(argv=None) -> int:
-    parser = cli.Parser(__doc__)
+    parser, names = cli.Parser(__doc__), [name for name, _ in ABLATIONS]
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
     parser.add_argument("--experiment", metavar="NAME", help="[local/ablations-<recipe>]")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]"
+    )
     cli.add_list_flags(parser)
     cli.add_run_flags(parser)
     cli.add_place_flags(parser)
@@ -48,9 +50,6 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     experiment = args.experiment or f"local/ablations-{cli.recipe_name(args)}"
     recipe = resolve({**cli.recipe_values(parser, args), "category": None})
-    names = [name for name, _ in ABLATIONS]
-    if unknown := set(args.only or ()) - set(names):
-        raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
     folder = cli.experiment_folder(args, experiment)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
@@ -58,7 +57,7 @@ def main(argv=None) -> int:
     categories = cli.asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
     recipe = recipe.replace(amp=resolve_amp(recipe.amp, device))
-    chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in (args.only or names)}
+    chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in args.only}
     if same := [name for name, config in chosen.items() if config == recipe and name != "base"]:
         print(f"note: left out, as it changes nothing: {', '.join(same)}", file=sys.stderr)
     jobs = {}
@@ -74,19 +73,14 @@ def main(argv=None) -> int:
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
         data.refuse_missing(missing, categories)
 
-    def line_of(metrics: dict) -> str:
-        write_tables(folder)
-        if metrics["auroc"] is None:
-            raise UserError("no test/, so nothing can be compared")
-        return f"AUROC {metrics['auroc']:.4f}"
-
-    finished, failed = run_all(jobs, setting, line_of)
-    if finished:
-        keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
-        runs = read_runs(folder)
+    finished, failed = run_all(jobs, setting)
+    evaluated = [metrics for metrics in finished.values() if metrics["auroc"] is not None]
+    if evaluated:
+        keys = {(metrics["category"], metrics["seed"]) for metrics in evaluated}
+        runs = write_tables(folder)
         print(markdown(page({k: m for k, m in runs.items() if k[0] in chosen and k[1:] in keys})))
         print(f"written {folder / 'results.md'}")
-    return 1 if failed else 0
+    return 1 if failed or len(evaluated) < len(finished) else 0
 
 
 def slug(name: str) -> str:
@@ -98,20 +92,14 @@ def changed(recipe: Config, changes: dict) -> Config:
     return recipe.replace(**values)
 
 
-def read_runs(folder: Path) -> Runs:
-    """The evaluated runs that are there."""
+def write_tables(folder: Path) -> Runs:
+    """results.csv and results.md of all evaluated runs that are there; returns these runs."""
     runs = {}
-    for name, _ in ABLATIONS:
-        for _, metrics, _ in runs_of(folder / slug(name)):
-            if metrics["auroc"] is not None:
-                runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
-    return runs
-
-
-def write_tables(folder: Path) -> None:
-    """results.csv and results.md of all runs that are there."""
     with locked(folder, wait=True):
-        runs = read_runs(folder)
+        for name, _ in ABLATIONS:
+            for _, metrics, _ in runs_of(folder / slug(name)):
+                if metrics["auroc"] is not None:
+                    runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
         scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():
             base = runs.get(("base", category, seed))
@@ -121,6 +109,7 @@ def write_tables(folder: Path) -> None:
         header = ["ablation", "category", "seed", "auroc", "difference", *scores]
         write_atomic(folder / "results.csv", csv_text(header, rows))
         write_atomic(folder / "results.md", markdown(page(runs)))
+    return runs
 
 
 def page(runs: Runs) -> Page:

@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,14 +192,12 @@ def check_train_images(metrics: dict, hashes: dict, config: Config, data_root: P
         )
 
 
-def run_all(
-    jobs: Jobs, setting: Setting, line_of: Callable[[dict], str]
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """run_one() for every job.
+def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, str]]:
+    """run_one() for every job, with a line about each.
 
     Returns the metrics of those that are done and the reasons of those that failed. Runs locked by
     another process are tried last, so that any number of these processes share the work, the
-    longest first. line_of(metrics) is the line that is printed of a run.
+    longest first.
     """
     finished, failed, outcomes, busy = {}, {}, [], 0
     waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
@@ -214,7 +211,10 @@ def run_all(
                 metrics, outcome = run_one(config, folder, setting, bar)
                 if outcome != DONE_BEFORE:  # else n finished runs would make the tables n times
                     experiment.write_results(folder, setting.recipe)
-                line = line_of(metrics)
+                line = "nothing to evaluate"
+                if metrics["auroc"] is not None:
+                    line = "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}"
+                    line = line.format_map(metrics)
                 bar.write(f"{name}: {line}" + (f" ({outcome})" if outcome != TRAINED else ""))
                 finished[name] = metrics
                 outcomes.append(outcome)
