@@ -4,8 +4,6 @@ Looking at a test set during training is allowed, choosing by it is not. The pic
 the figure of a "best epoch" owes to chance.
 """
 
-from __future__ import annotations
-
 import csv
 import statistics
 from html import escape

@@ -1,7 +1,5 @@
 """What the test images say of a detector: scores.csv, metrics.json; a look at it in training."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An experiment's folder, experiments/<name>/: its recipe and the tables of its runs."""
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Collection, Iterator
@@ -38,14 +36,9 @@ def write_recipe(experiment: Path, config: Config, force: bool) -> None:
     With `force` it replaces another recipe. Runs of the old recipe stay. Until they are trained
     anew, the tables show no means.
     """
-    if experiment.name == SCRATCH:
-        return
     path = experiment / "config.json"
-    with locked(experiment, wait=True):
-        if not force:
-            check_recipe(experiment, config)  # again: another process may have been faster
-        if force or not path.is_file():
-            write_atomic(path, recipe_of(config).to_json())
+    if experiment.name != SCRATCH and (force or not path.is_file()):
+        write_atomic(path, recipe_of(config).to_json())
 
 
 def recipe_of(config: Config) -> Config:
@@ -130,13 +123,11 @@ def reference_of(experiment: Path, recipe: str | None = None) -> Reference | Non
     None where there is none, and for the committed experiment itself.
     """
     folder = EXPERIMENTS / (recipe or experiment.name)
-    if not (folder / "results.csv").is_file() or folder.resolve() == experiment.resolve():
+    table, recipes = folder / "results.csv", [f / "config.json" for f in (experiment, folder)]
+    if folder.resolve() == experiment.resolve() or not all(p.is_file() for p in (table, *recipes)):
         return None
-    try:
-        ours, theirs = (configuration.load(f / "config.json") for f in (experiment, folder))
-        with open(folder / "results.csv", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
-    except (UserError, ValueError, KeyError, TypeError):  # an experiment without a recipe
-        return None
+    ours, theirs = map(configuration.load, recipes)
+    with open(table, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["auroc"]]
+    figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
     return Reference(folder.name, figures, configuration.differences(ours, theirs))

@@ -1,7 +1,5 @@
 """What the detector sees in an image, for people: image, reconstruction, heat map over it."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One run from end to end, or many: load, train, calibrate, score, evaluate, write."""
 
-from __future__ import annotations
-
 import sys
 import time
 import traceback

@@ -1,7 +1,5 @@
 """Versions, commit and command of a run."""
 
-from __future__ import annotations
-
 import ast
 import datetime
 import hashlib

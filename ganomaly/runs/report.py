@@ -5,8 +5,6 @@ defective images and the ROC curves. Where a run's model and images are at hand,
 images on which the run errs most. The page says what was not at hand.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 from html import escape

@@ -1,7 +1,5 @@
 """The tables of an experiment, from the metrics of its runs; the text of one run for a terminal."""
 
-from __future__ import annotations
-
 import csv
 import io
 import statistics

@@ -4,8 +4,6 @@ Every file but the log and TensorBoard's is whole or not there. A run is finishe
 metrics.json are both there; metrics.json is written last.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -116,7 +114,6 @@ class Recorder:
     def __init__(self, run: Run, look: Callable, bar: tqdm):
         """look: evaluation.look of networks and scale; bar: shows the progress."""
         self.run, self.look, self.progress = run, look, bar
-        self.config, self.name = run.config, run.name
         self.board: SummaryWriter | None = None
 
     def load(self) -> dict | None:
@@ -133,12 +130,12 @@ class Recorder:
             raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
         step = state["step"] if state else 0
         if step:
-            print(f"{self.name}: going on from step {step}", file=sys.stderr)
+            print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
         log = self.run.path("log.jsonl")
         lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
         write_atomic(log, "".join(lines[: step // LOG_EVERY]))
         self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
-        self.board.add_text("config", f"```\n{self.config.to_json()}```", step)
+        self.board.add_text("config", f"```\n{self.run.config.to_json()}```", step)
         return state
 
     def save(self, state: dict) -> None:
@@ -159,7 +156,8 @@ class Recorder:
         speed = f"{record['images_per_second']:.0f} images/s"
         self.progress.set_postfix_str(f"{text}, {speed}")
         if self.progress.disable:
-            print(f"{self.name}: step {step}/{self.config.steps}, {text}, {speed}", file=sys.stderr)
+            done = f"{self.run.name}: step {step}/{self.run.config.steps}"
+            print(f"{done}, {text}, {speed}", file=sys.stderr)
 
     def preview(self, step: int, networks: dict, scale: float | None) -> None:
         """Adds a row to curve.csv, on which no choice depends; pictures for TensorBoard."""
@@ -184,7 +182,7 @@ class Recorder:
                 groups["good"] = scores[name][labels == 0]
                 groups["defective"] = scores[name][labels == 1]
             for group, part in groups.items():
-                self.board.add_histogram(f"{name}/{group}", part, self.config.steps)
+                self.board.add_histogram(f"{name}/{group}", part, self.run.config.steps)
 
     def close(self) -> None:
         if self.board is not None:
