@@ -62,15 +62,9 @@ def main(argv=None) -> int:
     writer.writerow(["path", "score", "threshold", "verdict", "p_value"])
     threshold = f"{detector.threshold:.9g}"
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
-    for (path, _), result in judged(detector, items, args.heatmaps):
-        if isinstance(result, str):
-            counts["unreadable"] += 1
-            writer.writerow([path, "", threshold, f"unreadable: {result}", ""])
-        else:
-            score, p_value, defective = result
-            verdict = "defective" if defective else "normal"
-            counts[verdict] += 1
-            writer.writerow([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+    for path, score, verdict, p_value in judged(detector, items, args.heatmaps):
+        counts[verdict.partition(":")[0]] += 1
+        writer.writerow([path, score, threshold, verdict, p_value])
     if args.output:
         write_output(args.output, text.getvalue())
     print(
@@ -137,7 +131,7 @@ def heatmap_of(folder: Path, name: str) -> Path:
 
 
 def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
-    """Yield every item with (score, p-value, defective), or with why it cannot be read."""
+    """Yield path, score, verdict and p-value of every item, as text."""
     config = detector.config
     results = decode((path for path, _ in items), config.image_size, config.channels)
     starts = range(0, len(items), detector.batch)
@@ -149,8 +143,13 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
             verdicts = zip(*(values.tolist() for values in detector(images)))
             if heatmaps:
                 write_heatmaps(detector, images, [item for item, _ in readable], heatmaps)
-        for item, pixels in batch:
-            yield item, pixels if isinstance(pixels, str) else next(verdicts)
+        for (path, _), pixels in batch:
+            if isinstance(pixels, str):
+                yield path, "", f"unreadable: {pixels}", ""
+            else:
+                score, p_value, defective = next(verdicts)
+                verdict = "defective" if defective else "normal"
+                yield path, f"{score:.9g}", verdict, f"{p_value:.4g}"
 
 
 def write_heatmaps(

@@ -74,9 +74,6 @@ def main(argv=None) -> int:
     return 0
 
 
-# The parts. The docstring of a part is the caption of its table
-
-
 def roof(args) -> list[dict]:
     """The roof: billions of multiply-adds a second in products of large matrices, in float32 and in
     training's precision."""
@@ -142,6 +139,7 @@ def scoring(args) -> list[dict]:
     return rows
 
 
+# The docstring of a part is the caption of its table
 PARTS = {"roof": roof, "training": training, "scoring": scoring}
 
 
@@ -167,9 +165,6 @@ def cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     return str(value)
-
-
-# Trainings
 
 
 def train_on_noise(steps: Iterator, device: torch.device, values: dict) -> None:
@@ -227,9 +222,6 @@ def profile(args, folder: Path) -> None:
     order = f"self_{args.device.type}_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=20))
     print(f"written {folder / 'trace.json'}: ui.perfetto.dev or chrome://tracing opens it")
-
-
-# Commands
 
 
 def images_per_second(words: list[str]) -> float:

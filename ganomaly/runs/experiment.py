@@ -15,10 +15,6 @@ from ganomaly.runs.results import ORACLE, Page, Reference, markdown, results_csv
 from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
 SCRATCH = "local"  # the experiment of make train holds runs of any config
-SEED = 42  # of a recipe's config.json
-
-
-# The recipe
 
 
 def check_recipe(experiment: Path, config: Config) -> None:
@@ -43,10 +39,7 @@ def write_recipe(experiment: Path, config: Config, force: bool) -> None:
 
 def recipe_of(config: Config) -> Config:
     """What runs of one recipe have in common."""
-    return config.replace(category=None, seed=SEED)
-
-
-# The tables
+    return config.replace(category=None, seed=42)
 
 
 @dataclass

@@ -150,8 +150,7 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     detector = load_detector(run.path("model.pt"), setting.device)
     config = detector.config
     use_threads(config.threads)
-    hashes = data.image_hashes(config, setting.data_root)
-    check_train_images(before, hashes, config, setting.data_root)
+    hashes = image_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
     # Scores that are newer than the model, or of another formula now, are calibrated again
     if detector.missing_scores or changed_code(before["provenance"].get("code")):
@@ -175,19 +174,19 @@ def unchanged(run: Run, setting: Setting) -> bool:
     if changed := changed_code(before["provenance"].get("code")):
         message = f"{run.name}: trained by other code ({changed} changed since)"
         raise UserError(f"{message}; {ANEW}")
-    hashes = data.image_hashes(run.config, setting.data_root)
-    check_train_images(before, hashes, run.config, setting.data_root)
+    hashes = image_hashes(run.config, setting.data_root, before)
     return before["provenance"].get("test_images") == hashes.get("test_images")
 
 
-def check_train_images(metrics: dict, hashes: dict, config: Config, data_root: Path | None) -> None:
-    """UserError if the training images are not those that the run was trained on."""
-    trained_on = metrics["provenance"].get("train_images")
+def image_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
+    """Hashes of the images that are there now; UserError if a run was trained on others."""
+    hashes = data.image_hashes(config, data_root)
+    trained_on = before["provenance"].get("train_images")
     if trained_on and trained_on != hashes["train_images"]:
-        raise UserError(
-            f"{metrics['category']} seed {config.seed}: trained on other images than those in "
-            f"{data.category_folder(config, data_root)} now; {ANEW}"
-        )
+        name, folder = before["category"], data.category_folder(config, data_root)
+        message = f"trained on other images than those in {folder} now"
+        raise UserError(f"{name} seed {config.seed}: {message}; {ANEW}")
+    return hashes
 
 
 def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, str]]:

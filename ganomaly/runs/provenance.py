@@ -20,11 +20,10 @@ NOT_COMPUTING = ("__init__.py", "cli.py", "config.py", "errors.py", "files.py")
 
 def provenance(device: torch.device, config: Config) -> dict:
     """Where a run's figures came from; no path of the machine is among it."""
-    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu_name(),
         "threads": config.threads,
         "commit": commit(),
@@ -35,13 +34,10 @@ def provenance(device: torch.device, config: Config) -> dict:
 
 
 def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # of Linux
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @cache

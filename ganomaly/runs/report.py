@@ -53,7 +53,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1">',
         f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
-        *blocks(page_of(folder, results) if runs else [folder.name, "No evaluated runs."]),
+        *blocks(page_of(folder, results)),
     ]
     if results.curves:
         picture = charts.curves_svg(folder.name, results.curves).encode()
