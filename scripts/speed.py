@@ -226,21 +226,17 @@ def profile(args, folder: Path) -> None:
 
 def images_per_second(words: list[str]) -> float:
     """What a training prints on its last line."""
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=ROOT)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"{shlex.join(words)} failed: {last}")
     try:
-        printed = json.loads(output_of(words).splitlines()[-1])
+        printed = json.loads(done.stdout.splitlines()[-1])
         alone = printed.get("images_per_second_without_validation")
         return float(alone or printed["images_per_second"])
     except (LookupError, TypeError, ValueError, AttributeError):
         message = "the last line that it prints is no JSON with images_per_second"
         raise UserError(f"{shlex.join(words)}: {message}") from None
-
-
-def output_of(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=ROOT)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise UserError(f"{shlex.join(words)} failed: {last}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -78,8 +78,6 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     return "".join([*out, f'<path class="cut" d="M{cut:.1f} 0V{H}"/>'])
 
 
-# AUROC by step
-
 Curve = dict[str, dict[int, float]]  # score -> {step: AUROC}
 
 

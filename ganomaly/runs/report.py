@@ -74,7 +74,6 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
 
 
 def blocks(page: Page) -> list[str]:
-    """The blocks of a page as HTML."""
     out = [f"<h1>{escape(page[0])}</h1>"]
     for block in page[1:]:
         if isinstance(block, Table):

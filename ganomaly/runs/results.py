@@ -61,7 +61,6 @@ Page = list["str | Table"]
 
 
 def markdown(page: Page) -> str:
-    """A page as Markdown."""
     heading, *blocks = page
     texts = [markdown_table(*b) if isinstance(b, Table) else f"{b}\n" for b in blocks]
     return "\n".join([f"# {heading}\n", *texts])
