@@ -142,7 +142,10 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
             images = torch.from_numpy(np.stack([pixels for _, pixels in readable]))
             verdicts = zip(*(values.tolist() for values in detector(images)))
             if heatmaps:
-                write_heatmaps(detector, images, [item for item, _ in readable], heatmaps)
+                maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
+                for ((path, name), _), x_hat, heat in zip(readable, x_hats, maps):
+                    large = torch.from_numpy(read_image(path, SIDE, config.channels))
+                    write_atomic(heatmap_of(heatmaps, name), png(explained(large, x_hat, heat)))
         for (path, _), pixels in batch:
             if isinstance(pixels, str):
                 yield path, "", f"unreadable: {pixels}", ""
@@ -150,15 +153,6 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
                 score, p_value, defective = next(verdicts)
                 verdict = "defective" if defective else "normal"
                 yield path, f"{score:.9g}", verdict, f"{p_value:.4g}"
-
-
-def write_heatmaps(
-    detector: Detector, images: torch.Tensor, items: list[Item], folder: Path
-) -> None:
-    maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
-    for (path, name), x_hat, heat in zip(items, x_hats, maps):
-        large = torch.from_numpy(read_image(path, SIDE, detector.config.channels))
-        write_atomic(heatmap_of(folder, name), png(explained(large, x_hat, heat)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ganomaly.errors import UserError, describe, flag, lost_device
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.runs import evaluation, experiment, results
 from ganomaly.runs.provenance import changed_code, provenance
-from ganomaly.runs.run import ANEW, Recorder, Run, skip
+from ganomaly.runs.run import ANEW, Recorder, Run, read_metrics, skip
 from ganomaly.training import resolve_amp, train
 
 PAUSE = 2  # seconds to wait when other processes hold all remaining runs
@@ -103,7 +103,9 @@ def run_one(config: Config, folder: Path, setting: Setting, bar: tqdm) -> tuple[
         if outcome == TRAINED:
             return train_run(run, setting, bar), outcome
         skip(bar, config.steps)
-        return run.metrics() if outcome == DONE_BEFORE else evaluate_again(run, setting), outcome
+        if outcome == REEVALUATED:
+            return evaluate_again(run, setting), outcome
+        return read_metrics(run.path("metrics.json")), outcome
 
 
 def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
@@ -146,7 +148,7 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
 
     UserError where its training images are others now.
     """
-    before = run.metrics()
+    before = read_metrics(run.path("metrics.json"))
     detector = load_detector(run.path("model.pt"), setting.device)
     config = detector.config
     use_threads(config.threads)
@@ -170,7 +172,7 @@ def unchanged(run: Run, setting: Setting) -> bool:
 
     UserError where its training images or its code are others, or where the images are gone.
     """
-    before = run.metrics()
+    before = read_metrics(run.path("metrics.json"))
     if changed := changed_code(before["provenance"].get("code")):
         message = f"{run.name}: trained by other code ({changed} changed since)"
         raise UserError(f"{message}; {ANEW}")

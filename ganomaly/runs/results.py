@@ -101,7 +101,7 @@ def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean per seed over the evaluated categories, with and without screw.
 
     `Mean` is over a data set's whole list of categories. If some are missing, or if there are more
-    than those, `Mean of k` is over the k that are there.
+    than those, `Mean of k` is over the k that are there. A mean of one row is that row: left out.
     """
     means = []
     evaluated = [row for row in rows if row["auroc"] is not None]
@@ -110,12 +110,12 @@ def mean_rows(rows: list[dict]) -> list[dict]:
         known = CLASSES.get(of_seed[0]["dataset"], MVTEC)
         whole = [row for row in of_seed if row["category"] in known]
         groups = {"Mean": whole} if len(whole) == len(known) else {}
-        if not groups or len(of_seed) > len(whole):
+        if len(of_seed) > (len(whole) if groups else 1):
             groups[f"Mean of {len(of_seed)}"] = of_seed
         for name, group in groups.items():
             means.append(mean_row(name, group))
             rest = [row for row in group if row["category"] != "screw"]
-            if rest and len(rest) < len(group):
+            if 1 < len(rest) < len(group):
                 kind = "Mean" if name == "Mean" else f"Mean of {len(rest)}"
                 means.append(mean_row(f"{kind} without screw", rest))
     return means
@@ -159,8 +159,7 @@ def results_page(
     means = mean_rows(rows) if one_recipe else []
     for row in [] if one_recipe else evaluated:
         row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
-    # A mean of one row is that row
-    shown = evaluated + [m for m in means if m["category"].split(" without")[0] != "Mean of 1"]
+    shown = evaluated + means
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     scores = ", ".join(sorted({row["score"] for row in evaluated}))
     page.append(
@@ -177,7 +176,7 @@ def results_page(
             + (f", made with another config: {other}." if other else ".")
         )
     names = {row["category"] for row in shown}
-    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if means else {}
+    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if one_recipe else {}
     published = {title: figures for title, figures in published.items() if names & figures.keys()}
     page.append(table(columns, shown, published))
     page.append("AUROC of every score of the same networks:")
