@@ -13,10 +13,10 @@ from ganomaly import cli, data
 from ganomaly.config import Config, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, exit_code, guard
-from ganomaly.files import write_atomic
-from ganomaly.runs.experiment import rewriting, runs_of, warn
+from ganomaly.files import locked, write_atomic
+from ganomaly.runs.experiment import runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
-from ganomaly.runs.results import Page, Table, csv_text, markdown, spread
+from ganomaly.runs.results import Page, Table, csv_text, flat, markdown, score_columns, spread
 from ganomaly.training import resolve_amp
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
@@ -33,14 +33,16 @@ ABLATIONS = [
     ("no comparator", dict(comparator_width=0)),
     ("no corruption, no comparator", dict(corrupted=0.0, comparator_width=0)),
 ]
-Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> metrics
+Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat metrics
 
 
 def main(argv=None) -> int:
-    parser = cli.Parser(__doc__)
+    parser, names = cli.Parser(__doc__), [name for name, _ in ABLATIONS]
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
     parser.add_argument("--experiment", metavar="NAME", help="[local/ablations-<recipe>]")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the ablations [all]")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]"
+    )
     cli.add_list_flags(parser)
     cli.add_run_flags(parser)
     cli.add_place_flags(parser)
@@ -48,9 +50,6 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     experiment = args.experiment or f"local/ablations-{cli.recipe_name(args)}"
     recipe = resolve({**cli.recipe_values(parser, args), "category": None})
-    names = [name for name, _ in ABLATIONS]
-    if unknown := set(args.only or ()) - set(names):
-        raise UserError(f"--only {unknown.pop()!r}: no such ablation; there: {', '.join(names)}")
     folder = cli.experiment_folder(args, experiment)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
@@ -58,7 +57,7 @@ def main(argv=None) -> int:
     categories = cli.asked_categories(args) or data.categories_of(recipe, args.data_root)
     device = use_device(args.device, args.deterministic)
     recipe = recipe.replace(amp=resolve_amp(recipe.amp, device))
-    chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in (args.only or names)}
+    chosen = {n: changed(recipe, c) for n, c in ABLATIONS if n in args.only}
     if same := [name for name, config in chosen.items() if config == recipe and name != "base"]:
         print(f"note: left out, as it changes nothing: {', '.join(same)}", file=sys.stderr)
     jobs = {}
@@ -74,19 +73,14 @@ def main(argv=None) -> int:
     if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
         data.refuse_missing(missing, categories)
 
-    def line_of(metrics: dict) -> str:
-        write_tables(folder)
-        if metrics["auroc"] is None:
-            raise UserError("no test/, so nothing can be compared")
-        return f"AUROC {metrics['auroc']:.4f}"
-
-    finished, failed = run_all(jobs, setting, line_of)
-    if finished:
-        keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
-        runs = read_runs(folder)
+    finished, failed = run_all(jobs, setting)
+    evaluated = [metrics for metrics in finished.values() if metrics["auroc"] is not None]
+    if evaluated:
+        keys = {(metrics["category"], metrics["seed"]) for metrics in evaluated}
+        runs = write_tables(folder)
         print(markdown(page({k: m for k, m in runs.items() if k[0] in chosen and k[1:] in keys})))
         print(f"written {folder / 'results.md'}")
-    return 1 if failed else 0
+    return 1 if failed or len(evaluated) < len(finished) else 0
 
 
 def slug(name: str) -> str:
@@ -98,31 +92,24 @@ def changed(recipe: Config, changes: dict) -> Config:
     return recipe.replace(**values)
 
 
-def read_runs(folder: Path) -> Runs:
-    """The evaluated runs that are there."""
+def write_tables(folder: Path) -> Runs:
+    """results.csv and results.md of all evaluated runs that are there; returns these runs."""
     runs = {}
-    for name, _ in ABLATIONS:
-        for _, metrics, _ in runs_of(folder / slug(name), warn):
-            if metrics["auroc"] is not None:
-                runs[name, metrics["category"], metrics["seed"]] = metrics
-    return runs
-
-
-def write_tables(folder: Path) -> None:
-    """results.csv and results.md of all runs that are there."""
-    with rewriting(folder):
-        runs = read_runs(folder)
-        scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
-        rows = []
+    with locked(folder, wait=True):
+        for name, _ in ABLATIONS:
+            for _, metrics, _ in runs_of(folder / slug(name)):
+                if metrics["auroc"] is not None:
+                    runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
+        scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():
             base = runs.get(("base", category, seed))
             difference = None if base is None else m["auroc"] - base["auroc"]
-            every = [m["scores"].get(score) for score in scores]
+            every = [m.get(score) for score in scores]
             rows.append([name, category, seed, m["auroc"], difference, *every])
-        header = ["ablation", "category", "seed", "auroc", "difference"]
-        text = csv_text([*header, *(f"auroc_{score}" for score in scores)], rows)
-        write_atomic(folder / "results.csv", text)
+        header = ["ablation", "category", "seed", "auroc", "difference", *scores]
+        write_atomic(folder / "results.csv", csv_text(header, rows))
         write_atomic(folder / "results.md", markdown(page(runs)))
+    return runs
 
 
 def page(runs: Runs) -> Page:
@@ -130,38 +117,30 @@ def page(runs: Runs) -> Page:
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
     names = list(dict.fromkeys(name for name, *_ in runs))
-    scores = list(dict.fromkeys(s for m in runs.values() for s in m["scores"]))
+    scores = score_columns(runs.values())
 
-    def cells(name: str, figure, of=categories) -> tuple[str, str]:
+    def cells(name: str, key: str, of=categories) -> tuple[str, str]:
         """The spread of an ablation's figures, and that of their differences to the base."""
-        mine = {key[1:]: figure(m) for key, m in runs.items() if key[0] == name and key[1] in of}
-        figures = {key: value for key, value in mine.items() if value is not None}
-        base = {key: figure(runs.get(("base", *key), {})) for key in figures}
-        pairs = [(v, base[key]) for key, v in figures.items() if base[key] is not None]
-        differences = "" if name == "base" else spread([a - b for a, b in pairs], "+")
-        return spread(list(figures.values())), differences
-
-    def auroc(m: dict):
-        return m.get("auroc")
+        mine = {k[1:]: m[key] for k, m in runs.items() if k[0] == name and k[1] in of and key in m}
+        base = {k: runs[("base", *k)] for k in mine if ("base", *k) in runs}
+        differences = [mine[k] - m[key] for k, m in base.items() if key in m]
+        return spread([*mine.values()]), "" if name == "base" else spread(differences, "+")
 
     header = ["ablation", *(title for c in categories for title in (c, "difference"))]
     rows = [
-        [name, *(x for c in categories for x in cells(name, auroc, [c])), cells(name, auroc)[1]]
+        [name, *(x for c in categories for x in cells(name, "auroc", [c])), cells(name, "auroc")[1]]
         for name in names
     ]
-    every = []
-    for name in names:
-        both = [cells(name, lambda m, s=score: m.get("scores", {}).get(s)) for score in scores]
-        every.append([name, *(mean if name == "base" else diff for mean, diff in both)])
+    every = [[name, *(cells(name, key)[name != "base"] for key in scores)] for name in names]
     return [
         "Ablations",
         f"AUROC of the headline score, seeds {seeds}: mean ± standard deviation, and the "
         "difference to the base run of the same category and seed. The last column is over "
         "categories and seeds together.",
-        "\n".join(sorted({f"`{m['provenance'].get('command')}`" for m in runs.values()})),
+        "\n".join(sorted({f"`{m.get('command')}`" for m in runs.values()})),
         Table([*header, "difference, all"], rows),
         "Every score of the same runs, difference to the base run, over categories and seeds:",
-        Table(["ablation", *scores], every),
+        Table(["ablation", *(key.removeprefix("auroc_") for key in scores)], every),
     ]
 
 

@@ -56,7 +56,7 @@ def main(argv=None) -> int:
         print(run.config.replace(category=None).to_json() + "would:")
         return pipeline.plan_all(jobs, setting)
 
-    finished, failed = pipeline.run_all(jobs, setting, line_of)
+    finished, failed = pipeline.run_all(jobs, setting)
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
     # Of a launcher's processes one prints the table; none gets here before all is done
@@ -67,12 +67,6 @@ def main(argv=None) -> int:
         write_report(folder, folder / "report.html", args.data_root, device)
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
-
-
-def line_of(metrics: dict) -> str:
-    if metrics["auroc"] is None:
-        return "nothing to evaluate"
-    return "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}".format_map(metrics)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,6 @@ def main(argv=None) -> int:
         return 0
     if broken := ", ".join(str(folder) for folder in missing if folder.exists()):
         raise UserError(f"{broken}: there, but without train/good; move it out of the way")
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError("Python 3.10.12, 3.11.4 or later is needed, which unpacks safely")
     local = not args.url.startswith(("http://", "https://"))
     archive = Path(args.url) if local else root / ".mvtec_anomaly_detection.tar.xz"
     if local and not archive.is_file():

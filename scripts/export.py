@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ganomaly.batches import to_input
 from ganomaly.detector import Detector, load_detector, outputs_of
-from ganomaly.errors import UserError, guard
+from ganomaly.errors import guard
 from ganomaly.files import check_output, write_output
 from ganomaly.scoring import all_scores, heat_map, raw_scores
 
@@ -36,18 +36,13 @@ def main(argv=None) -> int:
     above = detector.set_quantile(args.quantile or c.quantile)
     output = args.output or args.model.with_suffix(".pt2")
     check_output(output, [args.model])
-    rng = torch.Generator().manual_seed(0)
-    shape = (5, c.channels, c.image_size, c.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-    batch = torch.export.Dim("batch", min=1)
+    images = torch.zeros(2, c.channels, c.image_size, c.image_size, dtype=torch.uint8)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
     with torch.no_grad():
-        shapes = ({0: batch},)
-        program = torch.export.export(Program(detector), (images[:2],), dynamic_shapes=shapes)
-    check(program.module(), detector, images)
+        program = torch.export.export(Program(detector), (images,), dynamic_shapes=shapes)
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of shared weights on a GPU; these are not shared
-        torch.export.save(program, buffer)
+    warnings.filterwarnings("ignore", "No complete tensor")  # meant for shared weights on a GPU
+    torch.export.save(program, buffer)
     write_output(output, buffer.getvalue())
     print(
         f"{output}: uint8 (B, {c.channels}, {c.image_size}, {c.image_size}) -> {c.score} scores "
@@ -71,16 +66,6 @@ class Program(nn.Module):
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
         scores = all_scores(raw_scores(o, detector.config.scores), fitted, [score])[score]
         return scores, scores > detector.threshold, heat_map(o, fitted)
-
-
-def check(program: nn.Module, detector: Detector, images: Tensor) -> None:
-    """UserError where the program, at another batch size, does not say what the detector says."""
-    scores, defective, heat = program(images)
-    ours = detector(images)
-    same = torch.allclose(scores, ours.scores, rtol=1e-5, atol=1e-6)
-    same &= torch.allclose(heat, detector.heat_maps(images), rtol=1e-4, atol=1e-4)
-    if not (same and torch.equal(defective, ours.defective)):
-        raise UserError("the exported program's scores are not the model's; nothing was written")
 
 
 if __name__ == "__main__":

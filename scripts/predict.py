@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,7 +20,6 @@ from ganomaly import cli
 # isort: split
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ganomaly.detector import Detector, load_detector
@@ -31,10 +29,9 @@ from ganomaly.files import check_output, write_atomic, write_output
 from ganomaly.images import SUFFIXES, decode, note_others, read_image, suffix_of
 from ganomaly.runs.pictures import SIDE, explained, png
 
-
-class Item(NamedTuple):  # of text: Path objects of 100,000 images would use most of the memory
-    path: str
-    name: str  # of its heat map: relative to the folder that was asked for
+# A path, and the name of its heat map: relative to the folder that was asked for. Both are text:
+# Path objects of 100,000 images would use most of the memory
+Item = tuple[str, str]
 
 
 def main(argv=None) -> int:
@@ -56,7 +53,7 @@ def main(argv=None) -> int:
     above = detector.set_quantile(args.quantile or detector.config.quantile)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
-        check_output(args.output, [args.model, *(item.path for item in items)])
+        check_output(args.output, [args.model, *(path for path, _ in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -65,15 +62,9 @@ def main(argv=None) -> int:
     writer.writerow(["path", "score", "threshold", "verdict", "p_value"])
     threshold = f"{detector.threshold:.9g}"
     counts = {"normal": 0, "defective": 0, "unreadable": 0}
-    for item, result in judged(detector, items, args.heatmaps):
-        if isinstance(result, str):
-            counts["unreadable"] += 1
-            writer.writerow([item.path, "", threshold, f"unreadable: {result}", ""])
-        else:
-            score, p_value, defective = result
-            verdict = "defective" if defective else "normal"
-            counts[verdict] += 1
-            writer.writerow([item.path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+    for path, score, verdict, p_value in judged(detector, items, args.heatmaps):
+        counts[verdict.partition(":")[0]] += 1
+        writer.writerow([path, score, threshold, verdict, p_value])
     if args.output:
         write_output(args.output, text.getvalue())
     print(
@@ -90,10 +81,7 @@ def find_images(text: str) -> list[Item]:
     """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
     path = Path(text)
     if text == "-":
-        given = os.fsdecode(sys.stdin.buffer.read())
-        if "\0" in given:
-            raise UserError("--images -: takes a path a line, as find prints them without -print0")
-        lines = [line.removesuffix("\r") for line in given.split("\n")]
+        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
         if not any(lines):
             raise UserError("--images -: no paths came through the pipe")
         return [one_item(Path(line)) for line in lines if line]
@@ -103,13 +91,12 @@ def find_images(text: str) -> list[Item]:
         for place, folders, names in os.walk(path, onerror=lambda e: closed.append(e.filename)):
             folders[:] = [name for name in folders if name[0] != "."]
             inside += [os.path.join(place, name) for name in names if name[0] != "."]
-        inside = [p.removeprefix("./") for p in inside]  # as Path writes them
         note_others(path, inside)
         inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)] + closed
         if not inside:
             raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         inside.sort(key=lambda p: p.split(os.sep))
-        return [Item(p, os.path.relpath(p, path)) for p in inside]
+        return [(p, os.path.relpath(p, path)) for p in inside]
     if path.is_file():
         return [one_item(path)]
     if glob.has_magic(text):
@@ -123,7 +110,7 @@ def find_images(text: str) -> list[Item]:
 def one_item(path: Path) -> Item:
     """One image by its own path, whether it exists or not: its row says what is wrong."""
     inside = not path.is_absolute() and ".." not in path.parts
-    return Item(str(path), str(path) if inside else path.name)
+    return str(path), str(path) if inside else path.name
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
@@ -133,20 +120,10 @@ def check_heatmaps(folder: Path, items: list[Item]) -> None:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
-        if target.exists() and not is_heatmap(target):
-            raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"
             raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def is_heatmap(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.size == (3 * SIDE, SIDE)
-    except Exception:  # damaged, or anything else
-        return False
 
 
 def heatmap_of(folder: Path, name: str) -> Path:
@@ -154,35 +131,28 @@ def heatmap_of(folder: Path, name: str) -> Path:
 
 
 def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
-    """Yield every item with (score, p-value, defective), or with why it cannot be read."""
+    """Yield path, score, verdict and p-value of every item, as text."""
     config = detector.config
-    results = decode((item.path for item in items), config.image_size, config.channels)
-    batch = []
-    bar = tqdm(zip(items, results), "scoring", len(items), leave=False, disable=None)
-    for number, (item, pixels) in enumerate(bar, 1):
-        batch.append((item, pixels))
-        if len(batch) < detector.batch and number < len(items):
-            continue
+    results = decode((path for path, _ in items), config.image_size, config.channels)
+    starts = range(0, len(items), detector.batch)
+    for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
+        batch = list(zip(items[start : start + detector.batch], results))
         readable = [(item, pixels) for item, pixels in batch if not isinstance(pixels, str)]
         if readable:
             images = torch.from_numpy(np.stack([pixels for _, pixels in readable]))
             verdicts = zip(*(values.tolist() for values in detector(images)))
             if heatmaps:
-                write_heatmaps(detector, images, [item for item, _ in readable], heatmaps)
-        for item, pixels in batch:
-            yield item, pixels if isinstance(pixels, str) else next(verdicts)
-        batch = []
-
-
-def write_heatmaps(
-    detector: Detector, images: torch.Tensor, items: list[Item], folder: Path
-) -> None:
-    maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
-    for (path, name), x_hat, heat in zip(items, x_hats, maps):
-        large = read_image(path, SIDE, detector.config.channels)
-        if not isinstance(large, str):  # it was there a moment ago
-            picture = explained(torch.from_numpy(large), x_hat, heat)
-            write_atomic(heatmap_of(folder, name), png(picture))
+                maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
+                for ((path, name), _), x_hat, heat in zip(readable, x_hats, maps):
+                    large = torch.from_numpy(read_image(path, SIDE, config.channels))
+                    write_atomic(heatmap_of(heatmaps, name), png(explained(large, x_hat, heat)))
+        for (path, _), pixels in batch:
+            if isinstance(pixels, str):
+                yield path, "", f"unreadable: {pixels}", ""
+            else:
+                score, p_value, defective = next(verdicts)
+                verdict = "defective" if defective else "normal"
+                yield path, f"{score:.9g}", verdict, f"{p_value:.4g}"
 
 
 if __name__ == "__main__":

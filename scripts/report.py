@@ -24,10 +24,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     folder = cli.experiment_folder(args, args.experiment)
     if not list(folder.glob("*/seed*/metrics.json")):
-        # The runs of make ablate are one folder deeper
-        parts = sorted({path.parents[2].name for path in folder.glob("*/*/seed*/metrics.json")})
-        hint = f"; --experiment {args.experiment}/NAME takes {', '.join(parts)}" if parts else ""
-        raise UserError(f"{folder}: no finished run there to report on{hint}")
+        raise UserError(f"{folder}: no finished run there to report on")
     output = args.output or folder / "report.html"
     check_output(output)
     write_report(folder, output, args.data_root, use_device(args.device))

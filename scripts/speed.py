@@ -14,7 +14,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +60,7 @@ def main(argv=None) -> int:
     folder = cli.experiment_folder(args, args.experiment)
     origin = provenance(args.device, resolve({"threads": args.threads}))
     if args.profile:
-        profile(args, folder)
+        profile(args)
         return 0
     path = folder / "speed.json"
     # The parts that are not measured now stay as an earlier call measured them
@@ -73,9 +72,6 @@ def main(argv=None) -> int:
     write_atomic(path.with_suffix(".md"), text)
     print(text)
     return 0
-
-
-# The parts. The docstring of a part is the caption of its table
 
 
 def roof(args) -> list[dict]:
@@ -143,25 +139,8 @@ def scoring(args) -> list[dict]:
     return rows
 
 
-def start(args) -> list[dict]:
-    """Seconds from the start of train.py to its first training step, and of all of it on the
-    digits."""
-    first = []
-    with tempfile.TemporaryDirectory() as scratch:
-        train = [sys.executable, "scripts/train.py", "--force", "--experiments-dir", scratch]
-        train += ["--device", str(args.device)]
-        # train.py creates this file just before its first step. One step adds nothing to it
-        log = Path(scratch) / "local/0/seed42/log.jsonl"
-        for _ in range(args.repeats):
-            begun = time.time()
-            output_of([*train, "--steps=1"])
-            first.append(log.stat().st_mtime - begun)
-        begun = time.time()
-        output_of(train)
-    return [{"to_the_first_step": first, "make_train": time.time() - begun}]
-
-
-PARTS = {"roof": roof, "training": training, "scoring": scoring, "start": start}
+# The docstring of a part is the caption of its table
+PARTS = {"roof": roof, "training": training, "scoring": scoring}
 
 
 def page(table: dict) -> Page:
@@ -186,9 +165,6 @@ def cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     return str(value)
-
-
-# Trainings
 
 
 def train_on_noise(steps: Iterator, device: torch.device, values: dict) -> None:
@@ -231,8 +207,8 @@ def multiply_adds(image_size: int, **values) -> float:
     return counter.get_total_flops() / 2e9 / 4
 
 
-def profile(args, folder: Path) -> None:
-    """Print the operators that take most of five training steps; write folder/trace.json."""
+def profile(args) -> None:
+    """Print the operators that take most of five training steps."""
     profiler = torch.profiler.profile()
 
     def steps():
@@ -241,33 +217,23 @@ def profile(args, folder: Path) -> None:
             yield from range(5)
 
     train_on_noise(steps(), args.device, {"batch_size": 64, "threads": args.threads})
-    folder.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(folder / "trace.json"))
     order = f"self_{args.device.type}_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=20))
-    print(f"written {folder / 'trace.json'}: ui.perfetto.dev or chrome://tracing opens it")
-
-
-# Commands
 
 
 def images_per_second(words: list[str]) -> float:
     """What a training prints on its last line."""
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=ROOT)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"{shlex.join(words)} failed: {last}")
     try:
-        printed = json.loads(output_of(words).splitlines()[-1])
+        printed = json.loads(done.stdout.splitlines()[-1])
         alone = printed.get("images_per_second_without_validation")
         return float(alone or printed["images_per_second"])
     except (LookupError, TypeError, ValueError, AttributeError):
         message = "the last line that it prints is no JSON with images_per_second"
         raise UserError(f"{shlex.join(words)}: {message}") from None
-
-
-def output_of(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=ROOT)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise UserError(f"{shlex.join(words)} failed: {last}")
-    return done.stdout
 
 
 if __name__ == "__main__":

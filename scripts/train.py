@@ -11,6 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli
+
+# isort: split
+from tqdm import tqdm
+
 from ganomaly.config import resolve
 from ganomaly.device import use_device
 from ganomaly.errors import flag, guard
@@ -36,9 +40,10 @@ def main(argv=None) -> int:
     setting = pipeline.Setting(args.data_root, device, args.force, args.download)
     if args.dry_run:
         run = pipeline.run_of(config, folder, setting)
-        print(f"{run.config.to_json()}would: {pipeline.plan(config, folder, setting)}")
+        print(f"{run.config.to_json()}would: {pipeline.plan(run, setting)}")
         return 0
-    metrics, outcome = pipeline.run_one(config, folder, setting)
+    with tqdm(total=config.steps, unit="step", leave=False, disable=None) as bar:
+        metrics, outcome = pipeline.run_one(config, folder, setting, bar)
     write_results(folder)
     if outcome == pipeline.DONE_BEFORE:
         print(f"trained already; {flag('--force')} trains it anew")

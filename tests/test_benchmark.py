@@ -140,11 +140,8 @@ def test_an_ablation_that_fails_leaves_the_others_their_runs(script, parts, tmp_
     words = ["--only", "base", "no encoder loss", "--categories", "untested", "whole"]
     code, out, err = script("ablate", *ablation_words(root, tmp_path, *words))
     assert code == 1 and out.count("whole seed 42: AUROC") == 2
-    assert [line for line in err.splitlines() if line.startswith("failed")] == [
-        f"failed {name}, untested seed 42: no test/, so nothing can be compared"
-        for name in ("base", "no encoder loss")
-    ]
-    assert "| no encoder loss |" in out and "untested" not in out
+    assert out.count("untested seed 42: nothing to evaluate") == 2
+    assert "| no encoder loss |" in out and "untested" not in out.partition("# Ablations")[2]
 
 
 def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_path):
@@ -181,8 +178,6 @@ def test_a_folder_that_is_the_category_is_taken_by_every_command(script, parts, 
     code, _, err = script("report", *where)
     assert code == 0 and "digits" not in err
     ablations = "local/ablations-recipe"
-    line = refusal(script("report", *where, f"--experiment={ablations}"))
-    assert f"--experiment {ablations}/NAME takes base, no-encoder-loss" in line
     printed(script("report", *where, f"--experiment={ablations}/base"))
 
 

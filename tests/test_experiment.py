@@ -20,7 +20,7 @@ from ganomaly.runs import experiment
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
 from ganomaly.runs.results import FIGURES, Reference, markdown, results_csv, results_page, summary
-from ganomaly.runs.run import kept_lines, read_metrics
+from ganomaly.runs.run import read_metrics
 
 from .conftest import read_csv
 
@@ -161,11 +161,8 @@ def test_runs_from_before_a_score_was_added_still_make_a_table():
 # From the folders of runs
 
 EDITED = [
-    "", "[]", "{}", "[" * 100_000,
-    *(json.dumps(run_metrics("bottle", **changes)) for changes in (
-        {"auroc": "0.5"}, {"auroc": float("nan")}, {"threshold": None}, {"seed": 1.5},
-        {"scores": None}, {"provenance": []}, {"provenance": {"date": None}}, {"f1": None},
-    )),
+    "", "[]", "{}", "[" * 100_000, json.dumps(run_metrics("bottle"))[:-20],
+    json.dumps({"seed": 1, "auroc": 0.5}),
 ]  # fmt: skip
 
 
@@ -195,7 +192,7 @@ def test_a_copy_of_a_run_is_no_second_run(tmp_path, capsys):
 
 
 def test_a_damaged_curve_is_no_curve(tmp_path):
-    for text in ("", "1", "1,x\n", "1,.5,.6\n", "1,nan\n", "1,.5\n"):
+    for text in ("", "1", "1,x\n", "1,.5,.6\n", "1,.5\n"):
         curve = f"step,latent\n{text}"
         write_run(tmp_path / "bottle" / "seed42", run_metrics("bottle"), curve)
         experiment.write_results(tmp_path)
@@ -253,12 +250,6 @@ def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and str(path) in describe(error.value)
     assert read_torch(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
-
-
-def test_log_goes_on_from_the_checkpoint_and_drops_a_half_written_line(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 50}\n{"step": 100}\n{"step": 150}\n{"step": 2')
-    assert kept_lines(log, 100) == ['{"step": 50}\n', '{"step": 100}\n']
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -36,10 +36,10 @@ def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_
 
 
 def test_a_checkpoint_of_another_config_does_not_go_on(script, parts, finished, tmp_path):
-    for name in ("config.json", "metrics.json"):
-        (finished / name).unlink()
-    line = refusal(script("train", *train_words(parts, tmp_path, "--width=5")))
-    assert "width (4 there, 5 asked)" in line
+    for name, expected in (("metrics", "width (4 there, 5 asked)"), ("config", "json is gone")):
+        (finished / f"{name}.json").unlink()
+        line = refusal(script("train", *train_words(parts, tmp_path, "--width=5")))
+        assert expected in line
 
 
 def test_a_named_experiment_keeps_its_recipe_until_forced(script, parts, tmp_path):

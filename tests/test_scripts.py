@@ -33,7 +33,7 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
         ("benchmark", ["--dataset=mnist", "--data-root", empty, "--experiment=x"], "10 categories"),
         ("ablate", ["--categories", "bottle", "screw", "--data-root", empty],
          "data of 2 of 2 categories is missing (bottle, screw)"),
-        ("ablate", ["--only", "no bias"], "there: base, no adversarial loss"),
+        ("ablate", ["--only", "no bias"], "--only: invalid choice: 'no bias'"),
         ("evaluate", ["--experiments-dir", out], "no finished run"),
         ("report", ["--experiments-dir", out], "no finished run there"),
         ("predict", model, "none.pt: No such file"),

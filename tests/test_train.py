@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ganomaly import data, images
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.detector import Detector
 from ganomaly.runs import evaluation, experiment, pipeline
-from ganomaly.runs.results import METRICS
+from ganomaly.runs.results import FIGURES, METRICS
 from ganomaly.runs.run import Recorder, Run
 
 from .conftest import (
@@ -51,7 +52,7 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert {"config.json", "log.jsonl", "last.pt", "model.pt", "scores.csv"} < names
     assert {"metrics.json", "samples.png"} < names and not any("tmp" in name for name in names)
     metrics = read_json(folder / "metrics.json")
-    assert set(metrics) == set(METRICS) and set(metrics["scores"]) == set(Config().scores)
+    assert set(metrics) == {*METRICS, *FIGURES} and set(metrics["scores"]) == set(Config().scores)
     origin = {"python", "torch", "device", "cpu", "threads", "commit", "command", "date"}
     assert origin <= set(metrics["provenance"])
     assert (metrics["pixel_auroc"], metrics["auroc_brightness_raw"]) == (None, None)
@@ -102,7 +103,7 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
         saved.clear()
         threads.clear()
         setting = pipeline.Setting(tmp_path / "images", torch.device("cpu"))
-        pipeline.run_one(config, tmp_path / name, setting)
+        pipeline.run_one(config, tmp_path / name, setting, tqdm(disable=True))
         metrics, scores = numbers(Run(tmp_path / name, config.category, config).folder)
         for echoed in ("category", "dataset", "seed", "score"):
             del metrics[echoed]

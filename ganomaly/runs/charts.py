@@ -4,8 +4,6 @@ Looking at a test set during training is allowed, choosing by it is not. The pic
 the figure of a "best epoch" owes to chance.
 """
 
-from __future__ import annotations
-
 import csv
 import statistics
 from html import escape
@@ -80,8 +78,6 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     return "".join([*out, f'<path class="cut" d="M{cut:.1f} 0V{H}"/>'])
 
 
-# AUROC by step
-
 Curve = dict[str, dict[int, float]]  # score -> {step: AUROC}
 
 
@@ -91,11 +87,9 @@ def read_curve(path: Path) -> Curve:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         names = [name for name in rows[0] if name != "step"] if rows else []
-        curve = {name: {int(row["step"]): float(row[name]) for row in rows} for name in names}
+        return {name: {int(row["step"]): float(row[name]) for row in rows} for name in names}
     except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return {}
-    sound = all(0 <= value <= 1 for points in curve.values() for value in points.values())
-    return curve if sound and None not in curve else {}
 
 
 def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:

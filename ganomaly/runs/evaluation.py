@@ -1,9 +1,6 @@
 """What the test images say of a detector: scores.csv, metrics.json; a look at it in training."""
 
-from __future__ import annotations
-
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,25 +99,22 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
     return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
 
 
-class Look(NamedTuple):
-    """What a look at the networks in the middle of training finds."""
-
-    aurocs: dict[str, float]  # of every score, on up to LOOK_IMAGES images of a kind; may be empty
-    outputs: Outputs  # of up to eight held-out images
-
-
 def look(
     config: Config, category: Category, device: torch.device, networks: dict, scale: float | None
-) -> Look:
-    """Look at networks in the middle of training."""
+) -> tuple[dict[str, float], Outputs]:
+    """Look at networks in the middle of training.
+
+    Returns the AUROC of every score, on up to LOOK_IMAGES test images of a kind (none: empty), and
+    the outputs of up to eight held-out images.
+    """
     detector = Detector(networks, config, device, scale)
     outputs = detector.outputs(category.calibration[:8])
     if not len(category.test_labels):
-        return Look({}, outputs)
+        return {}, outputs
     detector.calibrate(category.calibration[evenly(len(category.calibration), LOOK_IMAGES)])
     picked = samples_of(category.test_labels, LOOK_IMAGES)
     scores, labels = detector.scores(category.test[picked]), category.test_labels[picked]
-    return Look({n: metrics.auroc(labels, values.numpy()) for n, values in scores.items()}, outputs)
+    return {n: metrics.auroc(labels, values.numpy()) for n, values in scores.items()}, outputs
 
 
 def samples_of(labels: np.ndarray, most: int = 8) -> np.ndarray:

@@ -1,11 +1,8 @@
 """An experiment's folder, experiments/<name>/: its recipe and the tables of its runs."""
 
-from __future__ import annotations
-
-import contextlib
 import csv
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +11,10 @@ from ganomaly.config import EXPERIMENTS, Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.charts import Curve, curves_svg, read_curve
-from ganomaly.runs.results import Page, Reference, markdown, results_csv, results_page
+from ganomaly.runs.results import ORACLE, Page, Reference, markdown, results_csv, results_page
 from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
-SHARED = ("config.json", "results.csv", "results.md", "curves.svg", "report.html")
 SCRATCH = "local"  # the experiment of make train holds runs of any config
-SEED = 42  # of a recipe's config.json
-
-
-# The recipe
 
 
 def check_recipe(experiment: Path, config: Config) -> None:
@@ -40,64 +32,44 @@ def write_recipe(experiment: Path, config: Config, force: bool) -> None:
     With `force` it replaces another recipe. Runs of the old recipe stay. Until they are trained
     anew, the tables show no means.
     """
-    if experiment.name == SCRATCH:
-        return
     path = experiment / "config.json"
-    with locked(experiment, wait=True):
-        if not force:
-            check_recipe(experiment, config)  # again: another process may have been faster
-        if force or not path.is_file():
-            write_atomic(path, recipe_of(config).to_json())
+    if experiment.name != SCRATCH and (force or not path.is_file()):
+        write_atomic(path, recipe_of(config).to_json())
 
 
 def recipe_of(config: Config) -> Config:
     """What runs of one recipe have in common."""
-    return config.replace(category=None, seed=SEED)
-
-
-# The tables
+    return config.replace(category=None, seed=42)
 
 
 @dataclass
 class Results:
     """The finished runs of an experiment."""
 
-    runs: list[dict]  # metrics, by seed and category
+    runs: list[dict]  # metrics, by seed and category; ORACLE among them where there is a curve
     one_recipe: bool  # all of one recipe; `local` may hold several, and then there are no means
     curves: dict[str, list[Curve]]  # by category, one a seed
-    best: dict[tuple[str, int], float]  # (category, seed) -> an oracle: the best checkpoint's AUROC
 
 
-def warn(error: UserError) -> None:
-    print(f"warning: not in the tables: {error}", file=sys.stderr)
-
-
-def read_results(
-    experiment: Path,
-    refused: Callable[[UserError], None] = warn,
-    only: Collection[tuple[str, int]] | None = None,
-) -> Results:
+def read_results(experiment: Path, only: Collection[tuple[str, int]] | None = None) -> Results:
     """The runs of an experiment, or those of them whose category and seed `only` has."""
-    results, recipes = Results([], True, {}, {}), []
-    for run, metrics, config in runs_of(experiment, refused):
-        key = metrics["category"], metrics["seed"]
-        if only is not None and key not in only:
+    results, recipes = Results([], True, {}), []
+    for run, metrics, config in runs_of(experiment):
+        if only is not None and (metrics["category"], metrics["seed"]) not in only:
             continue
         results.runs.append(metrics)
         recipes.append(recipe_of(config))
         if curve := read_curve(run / "curve.csv"):
             results.curves.setdefault(run.parent.name, []).append(curve)
             if metrics["score"] in curve and metrics["auroc"] is not None:
-                results.best[key] = max(metrics["auroc"], *curve[metrics["score"]].values())
+                metrics[ORACLE] = max(metrics["auroc"], *curve[metrics["score"]].values())
     results.runs.sort(key=lambda m: (m["seed"], m["category"]))
     results.one_recipe = not any(configuration.differences(one, recipes[0]) for one in recipes)
     return results
 
 
-def runs_of(
-    experiment: Path, refused: Callable[[UserError], None]
-) -> Iterator[tuple[Path, dict, Config]]:
-    """Folder, metrics and config of every finished run; refused(error) is called for damaged ones.
+def runs_of(experiment: Path) -> Iterator[tuple[Path, dict, Config]]:
+    """Folder, metrics and config of every finished run, with a warning of damaged ones.
 
     A run that another process is making anew meanwhile is left out.
     """
@@ -111,7 +83,7 @@ def runs_of(
         except FileNotFoundError:
             continue
         except UserError as error:
-            refused(error)
+            print(f"warning: not in the tables: {error}", file=sys.stderr)
         else:
             yield path.parent, metrics, config
 
@@ -121,7 +93,9 @@ def write_results(experiment: Path, recipe: str | None = None) -> None:
 
     recipe: whose committed table stands beside the figures; see reference_of.
     """
-    with rewriting(experiment):  # the last of several processes writes what all have done
+    with locked(experiment, wait=True):  # the last of several processes writes what all have done
+        for path in experiment.glob(".*.tmp"):  # of a process that was killed
+            path.unlink()
         results = read_results(experiment)
         if results.curves:
             picture = curves_svg(experiment.name, results.curves)
@@ -130,20 +104,10 @@ def write_results(experiment: Path, recipe: str | None = None) -> None:
         write_atomic(experiment / "results.md", markdown(page_of(experiment, results, recipe)))
 
 
-@contextlib.contextmanager
-def rewriting(experiment: Path):
-    """Around the writing of an experiment's tables; tidies up after a process that was killed."""
-    with locked(experiment, wait=True):
-        for name in SHARED:
-            for path in experiment.glob(f".{name}.*.tmp"):
-                path.unlink()
-        yield
-
-
 def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Page:
     """The results for people, the reference beside them where there is one."""
     reference = reference_of(experiment, recipe)
-    return results_page(experiment.name, results.runs, results.one_recipe, results.best, reference)
+    return results_page(experiment.name, results.runs, results.one_recipe, reference)
 
 
 def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:
@@ -152,13 +116,11 @@ def reference_of(experiment: Path, recipe: str | None = None) -> Reference | Non
     None where there is none, and for the committed experiment itself.
     """
     folder = EXPERIMENTS / (recipe or experiment.name)
-    if not (folder / "results.csv").is_file() or folder.resolve() == experiment.resolve():
+    table, recipes = folder / "results.csv", [f / "config.json" for f in (experiment, folder)]
+    if folder.resolve() == experiment.resolve() or not all(p.is_file() for p in (table, *recipes)):
         return None
-    try:
-        ours, theirs = (configuration.load(f / "config.json") for f in (experiment, folder))
-        with open(folder / "results.csv", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # an experiment without a recipe
-        return None
+    ours, theirs = map(configuration.load, recipes)
+    with open(table, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["auroc"]]
+    figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
     return Reference(folder.name, figures, configuration.differences(ours, theirs))

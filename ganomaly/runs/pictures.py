@@ -1,7 +1,5 @@
 """What the detector sees in an image, for people: image, reconstruction, heat map over it."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np
@@ -33,8 +31,6 @@ def explained(image: Tensor, x_hat: Tensor, heat: Tensor) -> Image.Image:
 
 def square(pixels: Tensor) -> Tensor:
     """uint8 (C, H, W) -> float32 (3, SIDE, SIDE)."""
-    if pixels.shape[1:] == (SIDE, SIDE):
-        return pixels.float().expand(3, -1, -1)
     mode = "nearest" if pixels.shape[1] < SIDE else "area"
     return F.interpolate(pixels[None].float(), (SIDE, SIDE), mode=mode)[0].expand(3, -1, -1)
 

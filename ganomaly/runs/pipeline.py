@@ -1,12 +1,9 @@
 """One run from end to end, or many: load, train, calibrate, score, evaluate, write."""
 
-from __future__ import annotations
-
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +13,14 @@ from tqdm import tqdm
 
 from ganomaly import data
 from ganomaly.config import Config
-from ganomaly.data import Category
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
-from ganomaly.errors import UserError, describe, flag, lost_device, out_of_memory, reason_of
+from ganomaly.errors import UserError, describe, flag, lost_device
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.runs import evaluation, experiment, results
 from ganomaly.runs.provenance import changed_code, provenance
-from ganomaly.runs.run import ANEW, Recorder, Run, skip
-from ganomaly.training import Trained, resolve_amp, train
+from ganomaly.runs.run import ANEW, Recorder, Run, read_metrics, skip
+from ganomaly.training import resolve_amp, train
 
 PAUSE = 2  # seconds to wait when other processes hold all remaining runs
 TRAINED, REEVALUATED, DONE_BEFORE = "trained", "evaluated again", "done before"  # what run_one did
@@ -45,29 +41,40 @@ class Setting:
 def run_of(config: Config, folder: Path, setting: Setting) -> Run:
     """The run of a config in an experiment's folder, its precision resolved for the device.
 
-    UserError if the experiment has another recipe, unless the run is trained anew.
+    UserError if there is no such category, so that a typo makes no folder. UserError if the
+    experiment has another recipe, unless the run is trained anew.
     """
     config = config.replace(amp=resolve_amp(config.amp, setting.device))
     if not setting.force:
         experiment.check_recipe(folder, config)
+    data.check_category(config, setting.data_root)
     return Run(folder, data.category_name(config, setting.data_root), config)
 
 
-def plan(config: Config, folder: Path, setting: Setting) -> str:
-    """What run_one would do; UserError where it would be refused before it looks at the images."""
-    run = run_of(config, folder, setting)
-    action = f"train {config.steps} steps"
+def outcome_of(run: Run, setting: Setting) -> str:
+    """What is to be done with a run: TRAINED, REEVALUATED or DONE_BEFORE.
+
+    UserError where it is of another config, of other code or of other training images.
+    """
     if setting.force:
-        action += " anew"
+        return TRAINED
+    run.check()
+    if not run.finished:
+        return TRAINED
+    return DONE_BEFORE if unchanged(run, setting) else REEVALUATED
+
+
+def plan(run: Run, setting: Setting) -> str:
+    """What run_one would do; UserError where it would be refused before it looks at the images."""
+    outcome, steps = outcome_of(run, setting), run.config.steps
+    if outcome == DONE_BEFORE:
+        action = "finished, left alone"
+    elif outcome == REEVALUATED:
+        action = "evaluate again, its test images changed"
+    elif run.path("last.pt").is_file() and not setting.force:
+        action = f"go on from its checkpoint to step {steps}"
     else:
-        run.check()
-        if run.finished and unchanged(run, setting):
-            return f"{run.folder}: finished, left alone"
-        if run.finished:
-            return f"{run.folder}: evaluate again, its test images changed"
-        if run.path("last.pt").is_file():
-            action = f"go on from its checkpoint to step {config.steps}"
-    data.check_category(config, setting.data_root)
+        action = f"train {steps} steps" + (" anew" if setting.force else "")
     return f"{run.folder}: {action}"
 
 
@@ -76,38 +83,32 @@ def plan_all(jobs: Jobs, setting: Setting) -> int:
     refused = 0
     for name, (config, folder) in jobs.items():
         try:
-            print(" ", plan(config, folder, setting))
+            print(" ", plan(run_of(config, folder, setting), setting))
         except UserError as error:
             refused = 1
             print(f"  {name}: refused, {error}")
     return refused
 
 
-def run_one(
-    config: Config, folder: Path, setting: Setting, shared_bar: tqdm | None = None
-) -> tuple[dict, str]:
-    """Train and evaluate one config into the experiment's folder.
+def run_one(config: Config, folder: Path, setting: Setting, bar: tqdm) -> tuple[dict, str]:
+    """Train and evaluate one config into the experiment's folder; the bar counts its steps.
 
     Returns its metrics and what was done. A finished run of the same images and code is left as it
     is unless setting.force, an unfinished one goes on from its checkpoint. The experiment's tables
     are the caller's to write. Busy, a UserError, where another process is at work on the same run.
     """
     run = run_of(config, folder, setting)
-    data.check_category(config, setting.data_root)  # else a typo would make a run's folder
     with locked(run.folder):
-        if setting.force:
-            return train_run(run, setting, shared_bar), TRAINED
-        run.check()
-        if not run.finished:
-            return train_run(run, setting, shared_bar), TRAINED
-        if shared_bar is not None:
-            skip(shared_bar, config.steps)
-        if unchanged(run, setting):
-            return run.metrics(), DONE_BEFORE
-        return evaluate_again(run, setting), REEVALUATED
+        outcome = outcome_of(run, setting)
+        if outcome == TRAINED:
+            return train_run(run, setting, bar), outcome
+        skip(bar, config.steps)
+        if outcome == REEVALUATED:
+            return evaluate_again(run, setting), outcome
+        return read_metrics(run.path("metrics.json")), outcome
 
 
-def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
+def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
     """Train, calibrate and evaluate a run, whose lock is held; returns its metrics."""
     config, device = run.config, setting.device
     use_threads(config.threads)
@@ -116,18 +117,17 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
     category = data.load(config, setting.data_root, setting.download)
     experiment.write_recipe(run.experiment, config, setting.force)
     run.begin(anew=setting.force)
-    hidden = None if shared_bar is None else True  # None: shown on a terminal only
-    own_bar = tqdm(total=config.steps, desc=run.name, unit="step", disable=hidden)
-    look = partial(evaluation.look, config, category, device)
-    recorder = Recorder(run, look, own_bar if shared_bar is None else shared_bar)
+    recorder = Recorder(run, partial(evaluation.look, config, category, device), bar)
     try:
-        trained = train_in_memory(config, category, device, recorder)
-        own_bar.close()
+        trained = train(config, category.train, device, recorder)
         detector = Detector(trained.networks, config, device, trained.scale)
         detector.calibrate(category.calibration)
         # model.pt comes first: if a figure or a picture fails, the model is kept
         write_torch(run.path("model.pt"), detector.state())
-        write_samples(run, detector, category)
+        shown = category.calibration[:8]
+        if len(category.test_labels):
+            shown = category.test[evaluation.samples_of(category.test_labels)]
+        run.write_samples(detector.outputs(shown))
         scores = evaluation.test_scores(detector, category)
         recorder.write_histograms(category.test_labels, scores, detector.calibration.scores)
         training = {
@@ -137,36 +137,10 @@ def train_run(run: Run, setting: Setting, shared_bar: tqdm | None) -> dict:
         }
         return evaluation.assess(run, detector, category, scores, training)
     except KeyboardInterrupt:
-        goes_on = f"from step {recorder.step}" if recorder.step else "from the start"
-        raise KeyboardInterrupt(f"the same command, without --force, goes on {goes_on}") from None
+        message = "the same command, without --force, goes on from the last checkpoint"
+        raise KeyboardInterrupt(message) from None
     finally:
-        own_bar.close()
         recorder.close()
-
-
-def train_in_memory(
-    config: Config, category: Category, device: torch.device, recorder: Recorder
-) -> Trained:
-    """train(). If memory runs out, UserError with a setting that needs about half."""
-    try:
-        return train(config, category.train, device, recorder)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        half = config.batch_size // 2
-        hint = f"--batch-size {half} takes about half" if half else "lower --image-size or --width"
-        raise UserError(
-            f"out of memory with images of {config.image_size} pixels, width {config.width}, "
-            f"batches of {config.batch_size}{reason_of(error)}: {hint}; {ANEW}"
-        ) from None
-
-
-def write_samples(run: Run, detector: Detector, category: Category) -> None:
-    pixels = category.calibration[:8]
-    if len(category.test_labels):
-        pixels = category.test[evaluation.samples_of(category.test_labels)]
-    o = detector.outputs(pixels)
-    run.write_samples(o.x, o.x_hat)
 
 
 def evaluate_again(run: Run, setting: Setting) -> dict:
@@ -174,12 +148,11 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
 
     UserError where its training images are others now.
     """
-    before = run.metrics()
+    before = read_metrics(run.path("metrics.json"))
     detector = load_detector(run.path("model.pt"), setting.device)
     config = detector.config
     use_threads(config.threads)
-    hashes = data.image_hashes(config, setting.data_root)
-    check_train_images(before, hashes, config, setting.data_root)
+    hashes = image_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
     # Scores that are newer than the model, or of another formula now, are calibrated again
     if detector.missing_scores or changed_code(before["provenance"].get("code")):
@@ -199,36 +172,33 @@ def unchanged(run: Run, setting: Setting) -> bool:
 
     UserError where its training images or its code are others, or where the images are gone.
     """
-    before = run.metrics()
+    before = read_metrics(run.path("metrics.json"))
     if changed := changed_code(before["provenance"].get("code")):
         message = f"{run.name}: trained by other code ({changed} changed since)"
         raise UserError(f"{message}; {ANEW}")
-    hashes = data.image_hashes(run.config, setting.data_root)
-    check_train_images(before, hashes, run.config, setting.data_root)
+    hashes = image_hashes(run.config, setting.data_root, before)
     return before["provenance"].get("test_images") == hashes.get("test_images")
 
 
-def check_train_images(metrics: dict, hashes: dict, config: Config, data_root: Path | None) -> None:
-    """UserError if the training images are not those that the run was trained on."""
-    trained_on = metrics["provenance"].get("train_images")
+def image_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
+    """Hashes of the images that are there now; UserError if a run was trained on others."""
+    hashes = data.image_hashes(config, data_root)
+    trained_on = before["provenance"].get("train_images")
     if trained_on and trained_on != hashes["train_images"]:
-        raise UserError(
-            f"{metrics['category']} seed {config.seed}: trained on other images than those in "
-            f"{data.category_folder(config, data_root)} now; {ANEW}"
-        )
+        name, folder = before["category"], data.category_folder(config, data_root)
+        message = f"trained on other images than those in {folder} now"
+        raise UserError(f"{name} seed {config.seed}: {message}; {ANEW}")
+    return hashes
 
 
-def run_all(
-    jobs: Jobs, setting: Setting, line_of: Callable[[dict], str]
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """run_one() for every job.
+def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, str]]:
+    """run_one() for every job, with a line about each.
 
     Returns the metrics of those that are done and the reasons of those that failed. Runs locked by
     another process are tried last, so that any number of these processes share the work, the
-    longest first. line_of(metrics) is the line that is printed of a run.
+    longest first.
     """
-    finished, failed, outcomes = {}, {}, []
-    busy, done = 0, 0
+    finished, failed, outcomes, busy = {}, {}, [], 0
     waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
@@ -240,7 +210,10 @@ def run_all(
                 metrics, outcome = run_one(config, folder, setting, bar)
                 if outcome != DONE_BEFORE:  # else n finished runs would make the tables n times
                     experiment.write_results(folder, setting.recipe)
-                line = line_of(metrics)
+                line = "nothing to evaluate"
+                if metrics["auroc"] is not None:
+                    line = "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}"
+                    line = line.format_map(metrics)
                 bar.write(f"{name}: {line}" + (f" ({outcome})" if outcome != TRAINED else ""))
                 finished[name] = metrics
                 outcomes.append(outcome)
@@ -260,9 +233,6 @@ def run_all(
                     traceback.print_exc()
                     failed[name] = f"{type(error).__name__}: {error}"
             busy = 0
-            done += config.steps  # also of a run that stopped half way
-            bar.n = bar.last_print_n = done
-            bar.refresh()
     for folder in {jobs[name][1] for name in finished}:
         experiment.write_results(folder, setting.recipe)
     if outcomes and set(outcomes) == {DONE_BEFORE} and not failed:

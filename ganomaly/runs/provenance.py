@@ -1,15 +1,13 @@
 """Versions, commit and command of a run."""
 
-from __future__ import annotations
-
 import ast
 import datetime
-import functools
 import hashlib
 import platform
 import shlex
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -22,36 +20,27 @@ NOT_COMPUTING = ("__init__.py", "cli.py", "config.py", "errors.py", "files.py")
 
 def provenance(device: torch.device, config: Config) -> dict:
     """Where a run's figures came from; no path of the machine is among it."""
-    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu_name(),
         "threads": config.threads,
         "commit": commit(),
         "command": command(sys.argv),
-        "date": now(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "code": code(),
     }
 
 
-def now() -> str:
-    """ISO, in UTC, to a second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # of Linux
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-@functools.cache
+@cache
 def code() -> dict[str, str]:
     """A hash of every module that computes, as it was when first asked.
 
@@ -73,24 +62,19 @@ def code() -> dict[str, str]:
 def changed_code(before: dict | None) -> str:
     """The modules that are not those of `before`, as text; empty where all are the same."""
     before, today = before or {}, code()
-    names = [name for name in {**before, **today} if before.get(name) != today.get(name)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(n for n in {**before, **today} if before.get(n) != today.get(n))
 
 
-@functools.cache
+@cache
 def commit() -> str | None:
     """HEAD when first asked, with +changes where the code differs; None outside of git."""
+    git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "ganomaly", "scripts", "requirements.txt")
+        head = git(["git", "rev-parse", "HEAD"]).strip()
+        changed = git("git status --porcelain -- ganomaly scripts requirements.txt".split())
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
-
-
-def git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def command(argv: list[str]) -> str:

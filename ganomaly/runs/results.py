@@ -1,7 +1,5 @@
 """The tables of an experiment, from the metrics of its runs; the text of one run for a terminal."""
 
-from __future__ import annotations
-
 import csv
 import io
 import statistics
@@ -13,7 +11,6 @@ from ganomaly.runs.published import PUBLISHED
 from ganomaly.scoring import share_above
 
 # The keys of metrics.json
-TEXTS = ("category", "dataset", "score")
 ALWAYS = (  # of a run that was evaluated
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca",
@@ -21,7 +18,10 @@ ALWAYS = (  # of a run that was evaluated
 FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc", "auroc_nearest")
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
-METRICS = (*TEXTS, "seed", "threshold", "scores", "provenance", *ALWAYS, *COUNTS, *TIMES)
+METRICS = {  # an older run may lack the figures that are not ALWAYS there
+    "category", "dataset", "score", "seed", "threshold", "scores", "provenance",
+    *ALWAYS, *COUNTS, *TIMES,
+}  # fmt: skip
 PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command", "date")
 
 ORACLE, REFERENCE = "auroc_best_checkpoint", "auroc_reference"  # of results.md only
@@ -61,7 +61,6 @@ Page = list["str | Table"]
 
 
 def markdown(page: Page) -> str:
-    """A page as Markdown."""
     heading, *blocks = page
     texts = [markdown_table(*b) if isinstance(b, Table) else f"{b}\n" for b in blocks]
     return "\n".join([f"# {heading}\n", *texts])
@@ -94,7 +93,7 @@ def flat(metrics: dict) -> dict:
     return {**metrics, **scores, **metrics["provenance"]}
 
 
-def score_columns(rows: list[dict]) -> list[str]:
+def score_columns(rows: Iterable[dict]) -> list[str]:
     return [f"auroc_{name}" for name in dict.fromkeys(n for row in rows for n in row["scores"])]
 
 
@@ -102,7 +101,7 @@ def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean per seed over the evaluated categories, with and without screw.
 
     `Mean` is over a data set's whole list of categories. If some are missing, or if there are more
-    than those, `Mean of k` is over the k that are there.
+    than those, `Mean of k` is over the k that are there. A mean of one row is that row: left out.
     """
     means = []
     evaluated = [row for row in rows if row["auroc"] is not None]
@@ -111,12 +110,12 @@ def mean_rows(rows: list[dict]) -> list[dict]:
         known = CLASSES.get(of_seed[0]["dataset"], MVTEC)
         whole = [row for row in of_seed if row["category"] in known]
         groups = {"Mean": whole} if len(whole) == len(known) else {}
-        if not groups or len(of_seed) > len(whole):
+        if len(of_seed) > (len(whole) if groups else 1):
             groups[f"Mean of {len(of_seed)}"] = of_seed
         for name, group in groups.items():
             means.append(mean_row(name, group))
             rest = [row for row in group if row["category"] != "screw"]
-            if rest and len(rest) < len(group):
+            if 1 < len(rest) < len(group):
                 kind = "Mean" if name == "Mean" else f"Mean of {len(rest)}"
                 means.append(mean_row(f"{kind} without screw", rest))
     return means
@@ -141,20 +140,16 @@ def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
 
 
 def results_page(
-    name: str, runs: list[dict], one_recipe: bool = True, best: dict | None = None,
-    reference: Reference | None = None,
-) -> Page:  # fmt: skip
+    name: str, runs: list[dict], one_recipe: bool = True, reference: Reference | None = None
+) -> Page:
     """The results for people: mean ± standard deviation over seeds, published figures beside.
 
     one_recipe: the runs are of one recipe. Else each has a row, and there are no means.
-    best: (category, seed) -> the AUROC of a run's best checkpoint. reference: its AUROC of the same
-    category and seed stands beside ours.
+    reference: its AUROC of the same category and seed stands beside ours.
     """
-    rows = []
-    for run in runs:
-        key = run["category"], run["seed"]
-        both = {ORACLE: (best or {}).get(key), REFERENCE: reference and reference.auroc.get(key)}
-        rows.append({**flat(run), **both})
+    rows = [flat(run) for run in runs]
+    for row in rows if reference else []:
+        row[REFERENCE] = reference.auroc.get((row["category"], row["seed"]))
     page: Page = [name]
     if untested := ", ".join(row["category"] for row in rows if row["auroc"] is None):
         page.append(f"Trained and calibrated, nothing to evaluate: {untested}.")
@@ -164,8 +159,7 @@ def results_page(
     means = mean_rows(rows) if one_recipe else []
     for row in [] if one_recipe else evaluated:
         row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
-    # A mean of one row is that row
-    shown = evaluated + [m for m in means if m["category"].split(" without")[0] != "Mean of 1"]
+    shown = evaluated + means
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     scores = ", ".join(sorted({row["score"] for row in evaluated}))
     page.append(
@@ -182,7 +176,7 @@ def results_page(
             + (f", made with another config: {other}." if other else ".")
         )
     names = {row["category"] for row in shown}
-    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if means else {}
+    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if one_recipe else {}
     published = {title: figures for title, figures in published.items() if names & figures.keys()}
     page.append(table(columns, shown, published))
     page.append("AUROC of every score of the same networks:")
