@@ -267,16 +267,12 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
         assert in_sample / trials > named + 3 * error
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize(
     "n, quantile, rank",
     [(19, 0.95, 19), (42, 0.95, 41), (10, 0.95, 10), (9, 1e-12, 1)],
 )
 def test_threshold_is_the_conformal_rank(n, quantile, rank):
-    scores = torch.arange(1, n + 1).float()[torch.randperm(n, generator=seeded(0))]
+    scores = torch.arange(1, n + 1).float().flip(0)
     assert threshold_at(scores, quantile) == (rank, 1 - rank / (n + 1))
 
 
@@ -363,7 +359,7 @@ def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
         with pytest.raises(ValueError, match=r"uint8 of \(N, 3, 32, 32\) is needed"):
             detector(wrong)
     assert [len(values) for values in detector(pixels[:0])] == [0, 0, 0]
-    with pytest.raises(UserError, match="gone.png"):
+    with pytest.raises(UserError, match="1 image cannot be read.*gone.png"):
         detector([tmp_path / "gone.png"])
 
 
