@@ -129,11 +129,10 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     clone = cloned(tmp_path / "clone")
     small = f"ARGS={shlex.join(flag for flag in TINY_FLAGS if '--amp' not in flag)}"
     where = [f"DATA_ROOT={fifteen}", small]
-    ablations = ["ablate", "CATEGORIES=bottle", *where]
-    bench, one = ["benchmark", *where], ["train", "CATEGORY=bottle", *where]
+    runs = (["benchmark"], ["ablate", "CATEGORIES=bottle"], ["train", "CATEGORY=bottle"])
     local = clone / "experiments" / "local"
     committed = read_json(clone / "experiments/paper/bottle/seed42/metrics.json")
-    table, ablated, trained = made(clone, [bench, ablations, one])
+    table, ablated, trained = made(clone, [[*run, *where] for run in runs])
     rows = {cells[0]: cells for cells in rows_of(table)[:18]}
     assert list(rows) == ["category", *MVTEC, "Mean", "Mean without screw"]
     assert "0.421" in rows["Mean"]
@@ -150,19 +149,6 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     (some,) = made(clone, [["benchmark", "CATEGORIES=tile wood", *where]])
     assert "all 2 runs were done before" in some
     assert [cells[0] for cells in rows_of(some)[:4]] == ["category", "tile", "wood", "Mean of 2"]
-    # Edited code is seen by a finished run, and by an unfinished one
-    losses = clone / "ganomaly" / "losses.py"
-    losses.write_text(losses.read_text() + "\n\n# A remark changes no number\n")
-    assert "trained already" in make(clone, one).stdout
-    edit(losses, ("return F.l1_loss(", "return 2 * F.l1_loss("))
-    done = make(clone, one)
-    assert done.returncode == 2 and "other code (losses.py changed since)" in done.stderr
-    assert "ARGS=--force" in done.stderr and "AUROC" not in done.stdout
-    (local / "bottle/seed42/metrics.json").unlink()
-    done = make(clone, one)
-    assert done.returncode == 2 and "last.pt is of other code (losses.py" in done.stderr
-    one[-1] += " --force"
-    assert make(clone, one).returncode == 0
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -204,6 +190,7 @@ def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fift
     words = [f"DATA_ROOT={fifteen}", f"ARGS={' '.join(TINY_FLAGS)} --w-edges 3 --inverted"]
     runs = (["train", "CATEGORY=bottle"], ["benchmark", "CATEGORIES=bottle", "EXPERIMENT=edges"])
     made(clone, [[*run, *words] for run in runs])
+    words[-1] += " --only base slow"
     assert "slow" in make(clone, ["ablate", "CATEGORIES=bottle", *words, "DEVICE=cpu"]).stdout
     # The tests that read what was changed
     files = [f"tests/test_{name}.py" for name in ("config", "scoring", "training")]
