@@ -13,7 +13,7 @@ import pytest
 
 from ganomaly.data import MVTEC
 
-from .conftest import ROOT, TINY_FLAGS, draw_category, read_json, train
+from .conftest import ROOT, TINY_FLAGS, committed, draw_category, read_json, train
 
 pytestmark = pytest.mark.slow
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -29,20 +29,15 @@ def git(*words, cwd) -> str:
 
 
 def cloned(folder: Path) -> Path:
-    """A clone of the repository with what is not committed yet, as one more commit."""
-    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
-        pytest.skip("not in a clone, so nothing to clone")
-    git("clone", "-q", ROOT, folder, cwd=ROOT)
-    changed = git("diff", "--name-only", "HEAD", "-z", cwd=ROOT)
-    new = git("ls-files", "--others", "--exclude-standard", "-z", cwd=ROOT)
-    for name in filter(None, (changed + new).split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-        else:
-            (folder / name).unlink()
+    """A clone of the repository, whose only commit has what is not committed yet too."""
+    for path in committed("--cached", "--others", "--exclude-standard"):
+        if path.is_file():
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    git("init", "-q", cwd=folder)
     git("add", "-A", cwd=folder)
-    git("commit", "-q", "--allow-empty", "-m", "as in the working tree", cwd=folder)
+    git("commit", "-q", "-m", "as in the working tree", cwd=folder)
     return folder
 
 
@@ -131,13 +126,13 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     where = [f"DATA_ROOT={fifteen}", small]
     runs = (["benchmark"], ["ablate", "CATEGORIES=bottle"], ["train", "CATEGORY=bottle"])
     local = clone / "experiments" / "local"
-    committed = read_json(clone / "experiments/paper/bottle/seed42/metrics.json")
+    metrics = read_json(clone / "experiments/paper/bottle/seed42/metrics.json")
     table, ablated, trained = made(clone, [[*run, *where] for run in runs])
     rows = {cells[0]: cells for cells in rows_of(table)[:18]}
     assert list(rows) == ["category", *MVTEC, "Mean", "Mean without screw"]
     assert "0.421" in rows["Mean"]
     bottle = dict(zip(rows["category"], rows["bottle"]))
-    assert bottle["reference"] == f"{committed['auroc']:.3f}"
+    assert bottle["reference"] == f"{metrics['auroc']:.3f}"
     for title in ("anomalib README", "arXiv 2108.12159", "DRAEM"):
         assert title in " ".join(bottle)
     assert "made with another config: image_size (64 there, 32 asked)" in table

