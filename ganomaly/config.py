@@ -87,6 +87,8 @@ class Config:
     def __post_init__(self):
         for key in FIELDS.values():
             object.__setattr__(self, key.name, checked(key, getattr(self, key.name)))
+        if not (self.w_adv or self.w_con or self.w_enc):
+            raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
             raise UserError("comparator_width: it needs corrupted images; raise corrupted")
         if self.score not in self.scores:

@@ -77,7 +77,9 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        return outputs_of(self.scoring_networks, to_input(pixels, self.device, self.scale))
+        x = to_input(pixels, self.device, self.scale)
+        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
+            return outputs_of(self.scoring_networks, x)
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -118,9 +120,10 @@ class Detector:
 
     @torch.inference_mode()
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function(Outputs) for every batch of uint8 images (N, C, S, S)."""
+        """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
-        return [function(self.outputs(batch)) for batch in bar]
+        with torch.autocast(self.device.type, enabled=False):
+            return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
         """All uncalibrated scores of uint8 images (N, C, S, S).

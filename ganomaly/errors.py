@@ -68,7 +68,9 @@ def guard(main, argv: list[str] | None = None) -> int:
     """
     threading.excepthook = quiet
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed
+        if hasattr(stream, "reconfigure"):  # so that every file name can be printed
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         code = main(argv) or 0
         sys.stdout.flush()

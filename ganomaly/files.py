@@ -99,13 +99,16 @@ def write_torch(path: Path, state: dict) -> None:
 
 
 def read_torch(path: Path) -> dict:
-    """What torch.save has written; ValueError where the file is damaged, or would run code."""
+    """A dict of torch.save; ValueError where the file is damaged, or would run code."""
     content = io.BytesIO(path.read_bytes())
     try:
         if damaged := zipfile.ZipFile(content).testzip():  # torch does not see a flipped bit
             raise ValueError(f"{damaged} is damaged")
         content.seek(0)
-        return torch.load(content, map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("holds no names")
+        return state
     except Exception as error:  # torch raises errors of any kind
         if out_of_memory(error):
             raise

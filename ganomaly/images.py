@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,9 @@ def suffix_of(path) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if suffix_of(p) in SUFFIXES and p.name[0] != ".")
+    """The image files of a folder; no hidden ones, and no pipes, which have no end to read to."""
+    named = (p for p in folder.iterdir() if suffix_of(p) in SUFFIXES and p.name[0] != ".")
+    return sorted(p for p in named if not p.is_fifo())
 
 
 def note_others(folder: Path, paths) -> None:
@@ -65,20 +66,31 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray | str:
     """uint8 (C, S, S), or the reason why the file cannot be read."""
     try:
+        if Path(path).is_fifo():  # opening it would wait for a writer
+            return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels)
     except Image.UnidentifiedImageError:
         return "not an image"
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise errors of any kind
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def decode(paths: Iterable[str | Path], image_size: int, channels: int):
     """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
-    paths, read = list(paths), partial(read_image, image_size=image_size, channels=channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), AHEAD):
-            yield from pool.map(read, paths[start : start + AHEAD])
+        waiting: deque = deque()
+        try:
+            for path in paths:
+                waiting.append(pool.submit(read_image, path, image_size, channels))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:

@@ -198,9 +198,9 @@ def refusal(answer: tuple[int, str, str]) -> str:
     return lines[0]
 
 
-def committed(folder: str) -> list[Path]:
-    """The files that git keeps of a folder: tests read those, never what a user has run."""
-    words = ["git", "ls-files", "-z", folder]
+def committed(*words: str) -> list[Path]:
+    """The files that git ls-files lists: tests read those, never what a user has run."""
+    words = ["git", "ls-files", "-z", *words]
     listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not in a clone: which files git keeps is not known")

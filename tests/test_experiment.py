@@ -4,7 +4,6 @@ import csv
 import errno
 import io
 import json
-import os
 import resource
 import statistics
 
@@ -15,7 +14,7 @@ import torch
 from ganomaly.config import ROOT, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
-from ganomaly.files import Busy, locked, read_torch, write_atomic, write_torch
+from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs import experiment
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
@@ -74,32 +73,27 @@ def test_means_of_the_fifteen_with_and_without_screw():
     assert float(rows[16]["auroc_feature"]) == 0.25
     assert rows[15]["threshold"] == rows[15]["command"] == ""
     assert rows[0]["command"] == "python scripts/train.py, x"
+    # A mean of the fifteen stands whatever else is there
+    more = rows_of([*runs, run_metrics("magnetic_tile", auroc=0.9, dataset="folder")])[16:]
+    names = ["Mean", "Mean without screw", "Mean of 16", "Mean of 15 without screw"]
+    assert [row["category"] for row in more] == names and more[0] == rows[15]
+    assert float(more[2]["auroc"]) == pytest.approx((sum(range(15)) / 20 + 0.9) / 16, abs=1e-5)
     # anomalib's mean stands beside a mean of the fifteen, not beside one of fewer
     assert "0.421" in markdown_of("x", runs) and "0.421" not in markdown_of("x", runs[1:])
 
 
-SCREWLESS = "Mean of {} without screw"
-# What data set, which categories and seeds; the names and seeds of the means
-MEANS = [
-    ("mvtec", ["bottle", "cable"], [1, 2], ["Mean of 2", "Mean of 2"]),
-    ("mvtec", [*MVTEC, "magnetic_tile"], [42],
-     ["Mean", "Mean without screw", "Mean of 16", SCREWLESS.format(15)]),
-    ("digits", TEN, [42], ["Mean"]),
-    ("digits", TEN[:-1], [42], ["Mean of 9"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dataset, names, seeds, means", MEANS)
+@pytest.mark.parametrize(
+    "dataset, names, seeds, means",
+    [
+        ("mvtec", ["bottle", "cable"], ["1", "2"], ["Mean of 2", "Mean of 2"]),
+        ("digits", TEN, ["42"], ["Mean"]),
+        ("digits", TEN[:-1], ["42"], ["Mean of 9"]),
+    ],
+)
 def test_a_mean_is_of_a_seed_and_named_by_how_many_it_is_of(dataset, names, seeds, means):
-    runs = [run_metrics(name, seed, 0.5, dataset) for seed in seeds for name in names]
-    if len(names) == 16:
-        runs[-1] = run_metrics(names[-1], auroc=0.9, dataset="folder")
+    runs = [run_metrics(name, int(seed), 0.5, dataset) for seed in seeds for name in names]
     rows = rows_of(runs)[len(runs) :]
-    assert [row["category"] for row in rows] == means
-    assert len(seeds) == 1 or [row["seed"] for row in rows] == [str(seed) for seed in seeds]
-    by_name = {row["category"]: float(row["auroc"]) for row in rows}
-    if len(names) == 16:  # a mean of the fifteen stands whatever else is there
-        assert by_name["Mean"] == 0.5 and by_name["Mean of 16"] == 0.525
+    assert [row["category"] for row in rows] == means and [row["seed"] for row in rows] == seeds
 
 
 def test_the_committed_table_stands_beside_by_category_and_seed():
@@ -223,21 +217,6 @@ def test_samples_are_spread_and_of_both_kinds():
 # Files
 
 
-def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.json"
-    write_atomic(path, "old")
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    for stage in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError) as error:
-            patch.setattr(os, stage, full)
-            write_atomic(path, "new")
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-        assert describe(error.value) == f"{path}: No space left on device"
-
-
 def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_path):
     path = tmp_path / "last.pt"
     write_torch(path, {"step": 1})
@@ -250,12 +229,3 @@ def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and str(path) in describe(error.value)
     assert read_torch(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_lock_is_held_by_one(tmp_path):
-    folder = tmp_path / "a" / "seed1"
-    with locked(folder):
-        with pytest.raises(Busy), locked(folder):
-            pass
-    with locked(folder):
-        pass

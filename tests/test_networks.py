@@ -71,19 +71,22 @@ def test_channels_double_up_to_256_pixels_and_no_further():
     assert channel_plan(1024, 3) == [*plans[256], 96, 96]
 
 
-def test_initialisation_is_applied_and_no_convolution_has_a_bias():
-    networks = build(Config(width=32, latent_dim=50, extra_layers=1))
-    for network in networks.values():
+def test_initialisation_is_applied_and_the_paper_s_convolutions_have_no_bias():
+    config = Config(width=32, latent_dim=50, extra_layers=1, corrupted=0.5, comparator_width=16)
+    networks = build(config)
+    for name, network in networks.items():
         initialise(network, torch.Generator().manual_seed(0))
         for module in network.modules():
+            he = name == "comparator"
             if isinstance(module, CONVOLUTIONS):
                 n = module.weight.numel()
-                assert module.bias is None
-                assert abs(module.weight.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * n)
-                assert abs(module.weight.mean()) < 5 * 0.02 / math.sqrt(n)
+                std = math.sqrt(2 / module.weight[0].numel()) if he else 0.02
+                assert abs(module.weight.std() - std) < 5 * std / math.sqrt(2 * n)
+                assert abs(module.weight.mean()) < 5 * std / math.sqrt(n)
+                assert module.bias is None or he and module.bias.abs().max() == 0
             if isinstance(module, nn.BatchNorm2d):
-                assert module.bias.abs().max() == 0
-                assert 0 < module.weight.std() < 0.04 and abs(module.weight.mean() - 1) < 0.02
+                assert module.bias.abs().max() == 0 and abs(module.weight.mean() - 1) < 0.02
+                assert (module.weight == 1).all() if he else 0 < module.weight.std() < 0.04
     generator = networks["generator"]
     assert not torch.equal(generator.encoder1.head.weight, generator.encoder2.head.weight)
 
@@ -108,16 +111,3 @@ def test_the_comparator_sees_both_images_at_every_pixel(config):
     corner[..., :4, :4] = 1
     for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
         assert ((changed - logits)[:, :4, :4].abs().amax((1, 2)) > 0).all()
-
-
-def test_the_comparator_starts_with_he_s_convolutions():
-    network = Comparator(Config(corrupted=0.5, comparator_width=16))
-    initialise(network, torch.Generator().manual_seed(0))
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            error = 5 / math.sqrt(2 * module.weight.numel())
-            assert abs(module.weight.std() * math.sqrt(fan_in / 2) - 1) < error
-            assert module.bias is None or module.bias.abs().max() == 0
-        if isinstance(module, nn.BatchNorm2d):
-            assert (module.weight == 1).all() and (module.bias == 0).all()

@@ -92,6 +92,9 @@ def test_a_dry_run_of_train_says_what_would_be_done_and_does_nothing(
 def test_a_dry_run_of_many_lists_them_and_those_that_would_be_refused(script, fifteen, tmp_path):
     words = benchmark_words(fifteen, tmp_path / "b", "--categories", "tile", "wood")
     assert printed(script("benchmark", *words, "--dry-run")).count("train 6 steps") == 2
+    one = benchmark_words(fifteen, tmp_path / "b", "--category=tile", "--seed=7", "--dry-run")
+    out = printed(script("benchmark", *one))  # as in train
+    assert out.count("train 6 steps") == 1 and "tile/seed7: train" in out
     some = ["--seeds=1", "--only", "base", "no encoder loss"]
     assert printed(script("ablate", *words, *some, "--dry-run")).count("train 6 steps") == 4
     mnist = ["--dataset=mnist", "--data-root", tmp_path / "b", "--dry-run"]

@@ -84,11 +84,6 @@ def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
     assert b'"latent_dim": 8' in config.tensor_proto.string_val[0]
 
 
-def test_same_command_same_bytes_alone_or_after_another(parts, trained, tmp_path):
-    train(parts, tmp_path, "--seed=1")
-    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
-
-
 def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     assert CHANGES.keys() == FIELDS.keys()
     shutil.copytree(parts / "parts", tmp_path / "images" / "parts")
@@ -199,22 +194,12 @@ def test_a_network_that_diverged_is_one_line(script, parts, tmp_path, monkeypatc
 # Interruptions
 
 
-def phases(monkeypatch, error):
-    """Make each stage of a run fail in turn; yields the stage's name."""
-    stages = [
-        (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Recorder, "save"),
-        (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
-        (Run, "write_scores"), (evaluation, "figures"), (evaluation, "write_json"),
-        (pipeline, "write_torch"), (experiment, "write_results"),
-    ]  # fmt: skip
-
-    def fail(*args, **kwargs):
-        raise error
-
-    for owner, name in stages:
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fail)
-            yield name
+STAGES = [
+    (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Recorder, "save"),
+    (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
+    (Run, "write_scores"), (evaluation, "figures"), (evaluation, "write_json"),
+    (pipeline, "write_torch"), (experiment, "write_results"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -230,11 +215,16 @@ def phases(monkeypatch, error):
 def test_ctrl_c_and_other_troubles_in_every_phase(
     script, parts, trained, tmp_path, monkeypatch, error, code
 ):
+    def fail(*args, **kwargs):
+        raise error
+
     train(parts, tmp_path, "--seed=1")  # a result beside
     beside = contents(folder_of(tmp_path, seed=1))
     words = train_words(parts, tmp_path, "--checkpoint-every=2")
-    for stage in phases(monkeypatch, error):
-        got, _, err = script("train", *words)
+    for owner, stage in STAGES:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, stage, fail)
+            got, _, err = script("train", *words)
         lines = [line for line in err.splitlines() if line and "seed 42: " not in line]
         assert got == code and len(lines) == 1 and "Traceback" not in err, (stage, err)
         assert lines[0].startswith(("error: ", "interrupted")), (stage, err)
@@ -257,33 +247,22 @@ def test_a_lost_gpu_ends_the_process_and_is_no_failed_run(script, parts, tmp_pat
     assert asked == [1]
 
 
-def test_a_figure_that_fails_costs_no_model(script, parts, trained, tmp_path, monkeypatch):
-    words, model = train_words(parts, tmp_path), folder_of(tmp_path) / "model.pt"
+def test_a_figure_that_fails_costs_no_model(script, parts, finished, tmp_path, monkeypatch):
+    words, model, whole = train_words(parts, tmp_path), finished / "model.pt", numbers(finished)
+    model.unlink()  # as in a clone: the old metrics do not make what is trained anew finished
     for empty in (np.empty, torch.empty):  # two errors of the same kind
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, "pixel_auroc", lambda *_, empty=empty: empty(2**57))
             assert "out of memory" in refusal(script("train", *words))
+        assert not (finished / "metrics.json").exists()
     printed(script("predict", "--model", model, "--images", parts / "parts/test"))
     # It goes on behind the last step
-    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
-
-
-def test_old_metrics_beside_an_interrupted_retraining_do_not_make_it_finished(
-    script, parts, trained, finished, tmp_path, monkeypatch
-):
-    """A fresh clone has committed metrics.json files and no model.pt."""
-    words = train_words(parts, tmp_path)
-    (finished / "model.pt").unlink()
-    edited = {**read_json(finished / "metrics.json"), "auroc": 0.123}
-    (finished / "metrics.json").write_text(json.dumps(edited))
-    for stage in phases(monkeypatch, KeyboardInterrupt()):
-        assert "0.123" not in script("train", *words)[1], stage
-    assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
+    assert numbers(train(parts, tmp_path)) == whole
 
 
 @pytest.mark.slow
 def test_ctrl_c_of_the_real_process_and_the_same_command_give_the_same_bytes(parts, tmp_path):
-    more = ["--steps=150", "--checkpoint-every=10"]
+    more = ["--steps=150", "--checkpoint-every=30"]
     whole, folder = train(parts, tmp_path / "whole", *more), folder_of(tmp_path / "stopped")
     words = [sys.executable, "scripts/train.py", *train_words(parts, tmp_path / "stopped", *more)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -300,6 +279,6 @@ def test_ctrl_c_of_the_real_process_and_the_same_command_give_the_same_bytes(par
     assert not (folder / "metrics.json").exists(), "stopped too late to show anything"
     assert numbers(train(parts, tmp_path / "stopped", *more)) == numbers(whole)
     curves = [(f / "curve.csv").read_text() for f in (folder, whole)]
-    assert curves[0] == curves[1] and curves[0].count("\n") == 16
+    assert curves[0] == curves[1] and curves[0].count("\n") == 6
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(50, 151, 50))
