@@ -33,9 +33,10 @@ def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_
     assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
     assert contents(finished) == before
     # Nor does a checkpoint of another config go on
-    for name in ("config.json", "metrics.json"):
-        (finished / name).unlink()
+    (finished / "metrics.json").unlink()
     assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
+    (finished / "config.json").unlink()
+    assert "config.json is gone" in refusal(script("train", *words, "--steps=7"))
     printed(script("train", *words, "--steps=7", "--force"))
     assert read_json(finished / "config.json")["steps"] == 7
 

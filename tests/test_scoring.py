@@ -344,7 +344,7 @@ def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
         with pytest.raises(ValueError, match=r"uint8 of \(N, 3, 32, 32\) is needed"):
             detector(wrong)
     assert [len(values) for values in detector(pixels[:0])] == [0, 0, 0]
-    with pytest.raises(UserError, match="1 image cannot be read.*gone.png"):
+    with pytest.raises(UserError, match="1 of 1 images cannot be read.*gone.png"):
         detector([tmp_path / "gone.png"])
 
 
