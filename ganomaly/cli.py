@@ -128,7 +128,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def experiment_folder(args: argparse.Namespace, name: str) -> Path:
-    """The folder of an experiment: a plain name, or one in another, as local/paper is."""
+    """The folder of an experiment: a plain name, or one in another, as local/paper is.
+
+    experiments/local/paper, as a shell completes it, is the same folder.
+    """
+    name = name.rstrip("/").removeprefix(f"{args.experiments_dir.name}/")
     if not all(is_name(part) for part in name.split("/")):
         raise UserError(f"--experiment {name!r} is not a plain folder name")
     return args.experiments_dir / name

@@ -1,7 +1,11 @@
 """What the scripts have in common: bad input, help, dry runs, exit codes."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 
+from ganomaly.cli import experiment_folder
 from ganomaly.config import FIELDS
 from ganomaly.errors import exit_code
 
@@ -51,6 +55,12 @@ def test_help_fits_a_screen(script, capsys, name):
         script(name, "--help")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) - len(FIELDS) < 39  # a line a knob, and what stands around them
+
+
+def test_an_experiment_is_named_with_and_without_its_parent_folder():
+    args = Namespace(experiments_dir=Path("experiments"))
+    for name in ("local/mine", "experiments/local/mine", "experiments/local/mine/"):
+        assert experiment_folder(args, name) == Path("experiments/local/mine")
 
 
 def test_what_a_restart_would_not_change_is_no_failure_to_a_launcher(script, parts, monkeypatch):
