@@ -13,11 +13,9 @@ from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly.cli import Parser
-
-# isort: split
 from tqdm import tqdm
 
+from ganomaly.cli import Parser
 from ganomaly.data import MVTEC, data_root_of
 from ganomaly.errors import UserError, guard
 from ganomaly.files import locked

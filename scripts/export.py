@@ -12,12 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly import cli
-
-# isort: split
 import torch
 from torch import Tensor, nn
 
+from ganomaly import cli
 from ganomaly.batches import to_input
 from ganomaly.detector import Detector, load_detector, outputs_of
 from ganomaly.errors import guard

@@ -15,13 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly import cli
-
-# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ganomaly import cli
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard

@@ -21,13 +21,11 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly import cli
-
-# isort: split
 import torch
 from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from ganomaly import cli
 from ganomaly.config import EXPERIMENTS, ROOT, Config, load, resolve
 from ganomaly.detector import Detector
 from ganomaly.device import use_device, use_threads

@@ -10,11 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ganomaly import cli
-
-# isort: split
 from tqdm import tqdm
 
+from ganomaly import cli
 from ganomaly.config import resolve
 from ganomaly.device import use_device
 from ganomaly.errors import flag, guard
