@@ -115,9 +115,7 @@ def test_test_images_that_came_later_or_changed_are_evaluated(script, parts, tra
     assert "(evaluated again)" in out and "done before" not in out
 
 
-def test_other_code_is_refused_with_the_modules_names(
-    script, parts, finished, tmp_path, monkeypatch
-):
+def test_other_code_is_refused_and_named(script, parts, finished, tmp_path, monkeypatch):
     words, package = train_words(parts, tmp_path), tmp_path / "ganomaly"
     shutil.copytree(ROOT / "ganomaly", package)
     hashes = provenance.code()
@@ -143,9 +141,7 @@ def test_other_code_is_refused_with_the_modules_names(
     assert printed(script("train", *words)).startswith("trained already")
 
 
-def test_force_takes_back_our_files_only_and_survives_a_kill(
-    script, parts, finished, tmp_path, monkeypatch
-):
+def test_force_takes_back_our_files_after_a_kill(script, parts, finished, tmp_path, monkeypatch):
     words = train_words(parts, tmp_path, "--steps=8", "--lr=1e-3")
     (finished / ".ipynb_checkpoints").mkdir()
     (finished / "notes.txt").write_text("mine")
@@ -187,9 +183,7 @@ def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finis
     assert all(torch.equal(again[name], whole["scores"][name]) for name in old)
 
 
-def test_evaluate_rewrites_identical_numbers_and_more_images_others(
-    script, parts, finished, tmp_path
-):
+def test_evaluate_gives_the_same_numbers_of_the_same_images(script, parts, finished, tmp_path):
     shutil.copytree(parts, tmp_path / "images")
     words = train_words(tmp_path / "images", tmp_path)[:6]  # the config is the run's own
     before, table = contents(finished), (tmp_path / "local/results.csv").read_bytes()

@@ -35,11 +35,10 @@ def test_comparator_is_the_focal_loss():
     assert losses.comparator(logits, mask).item() == pytest.approx(total / 40, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16))
-def test_losses_are_float32_whatever_comes_in(kind):
-    a, b = torch.ones(2, 3, 4, 4, dtype=kind), torch.zeros(2, 3, 4, 4, dtype=kind)
+def test_losses_are_float32_whatever_comes_in():
+    a, b = (kind(2, 3, 4, 4, dtype=torch.float16) for kind in (torch.ones, torch.zeros))
     for name in ("adversarial", "contextual", "encoder", "discriminator", "comparator"):
         assert getattr(losses, name)(a, b).dtype == torch.float32
     # The float16 sum of 70,000 ones is infinite
-    many = torch.ones(70_000, dtype=kind)
+    many = torch.ones(70_000, dtype=torch.float16)
     assert losses.contextual(many, torch.zeros_like(many)).item() == 1

@@ -33,7 +33,7 @@ def batch(config: Config) -> torch.Tensor:
 
 
 @sizes
-def test_shapes_and_ranges(config):
+def test_shapes_ranges_and_what_the_comparator_sees(config):
     x = batch(config)
     z, x_hat, z_hat = Generator(config)(x)
     assert z.shape == z_hat.shape == (2, 7)
@@ -41,6 +41,16 @@ def test_shapes_and_ranges(config):
     logit, features = Discriminator(config)(x)
     assert logit.shape == (2,)
     assert features.shape == (2, 4 * config.image_size // 8, 4, 4)
+    # The comparator sees both images at every pixel
+    network = Comparator(config.replace(corrupted=0.5, comparator_width=4)).eval()
+    initialise(network, torch.Generator().manual_seed(0))
+    x_hat = batch(config)
+    logits = network(x, x_hat)
+    assert logits.shape == (2, config.image_size, config.image_size)
+    corner = torch.zeros_like(x)
+    corner[..., :4, :4] = 1
+    for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
+        assert ((changed - logits)[:, :4, :4].abs().amax((1, 2)) > 0).all()
 
 
 @sizes
@@ -98,16 +108,3 @@ def test_only_the_image_layers_and_heads_lack_batchnorm():
     layers = list(Decoder(Config(width=8)).layers)
     assert [type(m) for m in layers[:3]] == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
     assert [type(m) for m in layers[-2:]] == [nn.ConvTranspose2d, nn.Tanh]
-
-
-@sizes
-def test_the_comparator_sees_both_images_at_every_pixel(config):
-    network = Comparator(config.replace(corrupted=0.5, comparator_width=4)).eval()
-    initialise(network, torch.Generator().manual_seed(0))
-    x, x_hat = batch(config), batch(config)
-    logits = network(x, x_hat)
-    assert logits.shape == (2, config.image_size, config.image_size)
-    corner = torch.zeros_like(x)
-    corner[..., :4, :4] = 1
-    for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
-        assert ((changed - logits)[:, :4, :4].abs().amax((1, 2)) > 0).all()

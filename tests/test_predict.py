@@ -150,12 +150,7 @@ def test_predict_waits_for_no_import_that_it_does_not_need(calibrated, parts, tm
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
-# What --output may be
-
-
-def test_an_output_spares_the_inputs_and_what_cannot_be_written_to(
-    script, finished, parts, tmp_path, monkeypatch
-):
+def test_an_output_spares_the_inputs(script, finished, parts, tmp_path, monkeypatch):
     model, before = finished / "model.pt", contents(finished)
     image = shutil.copy(parts / "parts/test/good/000.png", tmp_path)
     words = ["predict", "--model", model, "--images", image, "--output"]
@@ -195,9 +190,6 @@ def test_a_full_disk_under_standard_output_is_one_line(trained, parts):
         done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left" in done.stderr.splitlines()[-1]
     assert "Exception" not in done.stderr
-
-
-# export.py
 
 
 @pytest.mark.slow

@@ -92,9 +92,7 @@ def test_a_step_asks_its_host_for_nothing(tapes, monkeypatch):
     "error, deterministic, used",
     [(1e-6, False, True), (1e-6, True, False), (0.2, False, False)],
 )
-def test_a_replay_that_is_not_the_step_is_not_used_and_rounding_is_allowed_where_sums_have_it(
-    error, deterministic, used, monkeypatch, capsys
-):
+def test_a_replay_is_used_if_it_is_the_step(error, deterministic, used, monkeypatch, capsys):
     total = torch.zeros(1)
 
     def record(step, inputs, stream):

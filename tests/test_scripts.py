@@ -80,9 +80,7 @@ def test_the_digits_are_the_default_and_need_nothing(script, tmp_path):
     assert code == 0 and "the digits need no --data-root" in err
 
 
-def test_a_dry_run_of_train_says_what_would_be_done_and_does_nothing(
-    script, parts, finished, tmp_path
-):
+def test_a_dry_run_of_train_does_nothing(script, parts, finished, tmp_path):
     words = [*train_words(parts, tmp_path / "new"), "--dry-run"]
     out = printed(script("train", *words))
     assert f"would: {folder_of(tmp_path / 'new')}: train 6 steps" in out
