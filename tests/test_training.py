@@ -86,12 +86,12 @@ def literal(config: Config, pixels: torch.Tensor):
     return d, average
 
 
-@pytest.mark.parametrize("ema_decay, n", ((0.2, 14), (0.9, 3)))
+@pytest.mark.parametrize("ema_decay", (0.2, 0.9))
 @pytest.mark.parametrize("changes", ({}, dict(corrupted=0.5, comparator_width=4)))
-def test_training_is_the_algorithm_written_out(ema_decay, n, changes):
+def test_training_is_the_algorithm_written_out(ema_decay, changes):
     config = SMALL.replace(ema_decay=ema_decay, **changes)
-    trained = train(config, PIXELS[:n], CPU, Memory())
-    d, average = literal(config, PIXELS[:n])
+    trained = train(config, PIXELS, CPU, Memory())
+    d, average = literal(config, PIXELS)
     pairs = [(trained.networks[network].state_dict()[name], value)
              for (network, name), value in average.items()]  # fmt: skip
     pairs += [*zip(trained.networks["discriminator"].parameters(), d.parameters())]
@@ -161,23 +161,33 @@ def test_memory_that_does_not_suffice_for_a_checkpoint_is_not_blamed_on_it(monke
         train(SMALL, PIXELS, CPU, Memory(memory.saved[3]))
 
 
-def test_fp16_scales_both_losses_and_an_overflow_skips_the_update(monkeypatch):
-    scaled, scale = [], torch.amp.GradScaler.scale
-    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda *a: scaled.append(a[1]) or scale(*a))
-    real, steps = training.losses.contextual, []
+def test_both_losses_are_scaled_in_fp16(monkeypatch):
+    scaled, real = [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda *a: scaled.append(a[1]) or real(*a))
+    train(SMALL.replace(amp="fp16"), PIXELS, CPU, Memory())
+    assert len(scaled) == 2 * SMALL.steps
+
+
+def test_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch):
+    real = training.losses.contextual
+    steps, infinite_at = [], [0]
 
     def infinite(x, x_hat):
         steps.append(1)
-        if len(steps) == 10:  # a finite loss, an infinite gradient
+        if len(steps) == infinite_at[0]:  # a finite loss, an infinite gradient
             x_hat.register_hook(lambda grad: grad * float("inf"))
         return real(x, x_hat)
 
     monkeypatch.setattr(training.losses, "contextual", infinite)
-    memory = Memory()
-    trained = train(SMALL.replace(amp="fp16", steps=12), PIXELS, CPU, memory)
-    assert all(value.isfinite().all() for value in weights(trained))
-    scales = [memory.state(step)["scaler"]["scale"] for step in (9, 12)]
-    assert scales[1] == scales[0] / 2 and len(scaled) == 2 * 12
+    scales = []
+    for at in (0, 10):
+        steps.clear()
+        infinite_at[0] = at
+        memory = Memory()
+        trained = train(SMALL.replace(amp="fp16", steps=12), PIXELS, CPU, memory)
+        assert all(value.isfinite().all() for value in weights(trained))
+        scales.append(memory.state(12)["scaler"]["scale"])
+    assert scales[1] == scales[0] / 2
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(monkeypatch):
