@@ -214,9 +214,6 @@ def test_samples_are_spread_and_of_both_kinds():
     assert picked[:4] == [30, 31, 32, 0] and len(picked) == 11 and picked[-1] == 29
 
 
-# Files
-
-
 def test_a_checkpoint_for_which_the_disk_is_too_small_leaves_the_old_one(tmp_path):
     path = tmp_path / "last.pt"
     write_torch(path, {"step": 1})

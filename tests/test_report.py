@@ -135,9 +135,6 @@ def test_a_panel_is_torchvisions_grid_without_its_import():
     assert torch.equal(panel(x, x_hat), theirs)
 
 
-# Charts
-
-
 def test_charts_show_what_the_numbers_say():
     labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
     chart = charts.histogram(labels, scores, 0.5, "a<b")
