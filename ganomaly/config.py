@@ -176,7 +176,7 @@ def from_json(text: str | bytes, source="config") -> Config:
         return resolve(values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not a JSON config: {error}") from None
 
 

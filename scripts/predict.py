@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ganomaly import cli
@@ -79,7 +80,10 @@ def find_images(text: str) -> list[Item]:
     """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
     path = Path(text)
     if text == "-":
-        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+        given = os.fsdecode(sys.stdin.buffer.read())
+        if "\0" in given:
+            raise UserError("--images -: takes a path a line, as find prints them without -print0")
+        lines = [line.removesuffix("\r") for line in given.split("\n")]
         if not any(lines):
             raise UserError("--images -: no paths came through the pipe")
         return [one_item(Path(line)) for line in lines if line]
@@ -118,10 +122,20 @@ def check_heatmaps(folder: Path, items: list[Item]) -> None:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
+        if target.exists() and not is_heatmap(target):
+            raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"
             raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_heatmap(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.size == (3 * SIDE, SIDE)
+    except Exception:  # damaged, or anything else
+        return False
 
 
 def heatmap_of(folder: Path, name: str) -> Path:
@@ -142,8 +156,10 @@ def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iter
             if heatmaps:
                 maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
                 for ((path, name), _), x_hat, heat in zip(readable, x_hats, maps):
-                    large = torch.from_numpy(read_image(path, SIDE, config.channels))
-                    write_atomic(heatmap_of(heatmaps, name), png(explained(large, x_hat, heat)))
+                    large = read_image(path, SIDE, config.channels)
+                    if not isinstance(large, str):  # it was there a moment ago
+                        picture = explained(torch.from_numpy(large), x_hat, heat)
+                        write_atomic(heatmap_of(heatmaps, name), png(picture))
         for (path, _), pixels in batch:
             if isinstance(pixels, str):
                 yield path, "", f"unreadable: {pixels}", ""

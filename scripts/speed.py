@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     folder = cli.experiment_folder(args, args.experiment)
     origin = provenance(args.device, resolve({"threads": args.threads}))
     if args.profile:
-        profile(args)
+        profile(args, folder)
         return 0
     path = folder / "speed.json"
     # The parts that are not measured now stay as an earlier call measured them
@@ -205,8 +205,8 @@ def multiply_adds(image_size: int, **values) -> float:
     return counter.get_total_flops() / 2e9 / 4
 
 
-def profile(args) -> None:
-    """Print the operators that take most of five training steps."""
+def profile(args, folder: Path) -> None:
+    """Print the operators that take most of five training steps; write folder/trace.json."""
     profiler = torch.profiler.profile()
 
     def steps():
@@ -215,8 +215,11 @@ def profile(args) -> None:
             yield from range(5)
 
     train_on_noise(steps(), args.device, {"batch_size": 64, "threads": args.threads})
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
     order = f"self_{args.device.type}_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=20))
+    print(f"written {folder / 'trace.json'}: ui.perfetto.dev or chrome://tracing opens it")
 
 
 def images_per_second(words: list[str]) -> float:

@@ -78,9 +78,10 @@ def test_paths_come_from_patterns_and_pipes_in_their_order(predict, parts, tmp_p
     assert code == 1 and [row["path"] for row in rows] == lines and "2 unreadable" in err
     assert rows[0]["score"] == rows[3]["score"] and rows[1]["score"] == ""
     assert "No such file" in rows[1]["verdict"] and "directory" in rows[2]["verdict"]
-    code, rows, _ = piped("a\x0cb.png\nc\u2028d.png".encode())
+    code, rows, _ = piped("a\x0cb.png\nc\u2028d.png\r".encode())
     assert [row["path"] for row in rows] == ["a\x0cb.png", "c\u2028d.png"]
     assert "no paths came" in refusal(piped(b"\n"))
+    assert "-print0" in refusal(piped(b"a.png\0b.png\0"))
     (tmp_path / "empty").mkdir()
     for path, message in (
         (test / "*.tif", "no image matches"),
@@ -122,12 +123,15 @@ def test_heat_maps_keep_relative_paths_and_one_scale(predict, parts, tmp_path):
 def test_no_heat_map_falls_on_an_image_or_on_another_heat_map(predict, parts, tmp_path):
     for name in ("test", "copies"):
         shutil.copytree(parts / "parts/test", tmp_path / name)
-    test, copies = tmp_path / "test", tmp_path / "copies"
+    test, copies, mine = (tmp_path / name for name in ("test", "copies", "mine"))
+    (mine / "good").mkdir(parents=True)
+    shutil.copy(test / "good/000.png", mine / "good")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     inside = "holds images to score"
-    # The folder of the images, one of another input
+    # The folder of the images, one of another input, one with a file that is nobody's input
     assert inside in refusal(predict(test, "--heatmaps", test))
     assert inside in refusal(predict(copies / "good", test, "--heatmaps", copies))
+    assert "none of ours" in refusal(predict(test, "--heatmaps", mine))
     line = refusal(predict(test / "good", test / "a_bar", "--heatmaps", tmp_path / "heat"))
     assert "score them apart" in line
     # Heat maps among the images would be scored the next time

@@ -88,8 +88,8 @@ def test_a_damaged_folder_is_named_and_injects_nothing(script, experiment, tmp_p
     shutil.copytree(root / "runs", tmp_path / "runs")
     first, second = sorted((tmp_path / "runs" / "mine" / name).glob("seed*"))
     scores, metrics = first / "scores.csv", first / "metrics.json"
-    whole, evil = scores.read_text(), "<img src=x onerror=y>"
-    metrics.write_text(metrics.read_text().replace('"latent"', f'"{evil}"'))
+    whole, whole_metrics, evil = scores.read_text(), metrics.read_text(), "<img src=x onerror=y>"
+    metrics.write_text(whole_metrics.replace('"latent"', f'"{evil}"'))
     scores.write_text(whole.replace("latent,", f"{evil},", 1))
     page = written(script, tmp_path)
     assert "x" not in page.sources and evil in page.text
@@ -97,6 +97,10 @@ def test_a_damaged_folder_is_named_and_injects_nothing(script, experiment, tmp_p
     (second / "metrics.json").write_text("{")
     page = written(script, tmp_path)
     assert f"Charts of {name}: could not convert" in page.text
+    metrics.write_text(whole_metrics)
+    scores.write_text(whole.replace("test/", "../../"))
+    page = written(script, tmp_path, "--data-root", root / "images")
+    assert "names files outside of the category's folder" in page.text
     scores.unlink()
     assert f"Charts of {name}: [Errno 2]" in written(script, tmp_path).text
 

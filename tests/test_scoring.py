@@ -210,7 +210,11 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
 
 
 def test_scores_are_float32_whatever_the_training_precision(detector):
-    assert {values.dtype for values in detector.scores(images(2)).values()} == {torch.float32}
+    expected, heat = detector.scores(images(2)), detector.heat_maps(images(2))
+    assert {values.dtype for values in expected.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(expected, detector.scores(images(2)))
+        assert torch.equal(heat, detector.heat_maps(images(2)))
 
 
 def gaps(n, dim, seed):

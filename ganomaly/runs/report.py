@@ -65,7 +65,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
         seeds = [m for m in runs if m["category"] == category]
         try:
             out += section(folder, seeds, missing, data_root, device)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             missing.append(f"Charts of {category}: {error}; make evaluate writes scores.csv.")
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
@@ -140,6 +140,8 @@ def explained_images(
         hashes = data.image_hashes(config, data_root)
         if metrics["provenance"].get("test_images") != hashes["test_images"]:
             raise UserError("its test images changed since; make evaluate scores them again")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise UserError("its scores.csv names files outside of the category's folder")
         files = [data.category_folder(config, data_root) / name for name in names]
         pixels = read_images(files, config.image_size, config.channels)
         shown = read_images(files, pictures.SIDE, config.channels)
