@@ -1,7 +1,7 @@
 """Anomaly scores, maps of the anomaly, and their calibration on held-out normal images.
 
-A new score is one line in PLAIN_SCORES, or in FITTED_SCORES where it needs statistics of normal
-images.
+A new score is one line in PLAIN_SCORES, in MAP_SCORES where it sums up a map, or in FITTED_SCORES
+where it needs statistics of normal images.
 """
 
 from __future__ import annotations
@@ -99,10 +99,13 @@ PLAIN_SCORES = {
     "latent_l1": lambda o: (o.z - o.z_hat).abs().mean(1),
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
     "feature": lambda o: (o.f - o.f_hat).square().mean((1, 2, 3)),
-    "residual": lambda o: highest(residual_map(o), 0.01),
-    "gradient": lambda o: highest(gradient_map(o), 0.01),
-    "comparator": lambda o: comparator_map(o).amax((1, 2)),
-    "residual_wide": lambda o: highest(residual_map(o), 0.1),  # of large defects
+}
+# Scores that sum up a map of MAPS: (B, S, S) -> (B,)
+MAP_SCORES = {
+    "residual": ("residual", lambda m: highest(m, 0.01)),
+    "gradient": ("gradient", lambda m: highest(m, 0.01)),
+    "comparator": ("comparator", lambda m: m.amax((1, 2))),
+    "residual_wide": ("residual", lambda m: highest(m, 0.1)),  # of large defects
 }
 
 
@@ -118,8 +121,10 @@ class Raw:
 
 
 def raw_scores(o: Outputs, names) -> Raw:
-    """The PLAIN_SCORES of one batch whose name is in `names`."""
+    """The PLAIN_SCORES and MAP_SCORES of one batch; `names` leaves some scores and maps out."""
     scores = {name: score(o) for name, score in PLAIN_SCORES.items() if name in names}
+    maps = {name: map_of(o) for name, map_of in MAPS.items() if name in names}
+    scores |= {name: score(maps[m]) for name, (m, score) in MAP_SCORES.items() if m in maps}
     return Raw(scores, (o.z - o.z_hat).double())
 
 
@@ -171,7 +176,7 @@ FITTED_SCORES = {
     "calibrated": lambda raw, fitted: mean_z(raw, fitted, MAPS),
     "small_or_large": small_or_large,
 }
-SCORES = (*PLAIN_SCORES, *FITTED_SCORES)  # all names, in the order of tables
+SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
 
 
 def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tensor]:

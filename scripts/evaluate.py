@@ -17,7 +17,7 @@ from ganomaly.files import locked
 from ganomaly.runs.experiment import write_results
 from ganomaly.runs.pipeline import Setting, evaluate_again
 from ganomaly.runs.results import summary
-from ganomaly.runs.run import Run, read_metrics
+from ganomaly.runs.run import Run
 
 
 def main(argv=None) -> int:
@@ -41,7 +41,7 @@ def main(argv=None) -> int:
         for name, value in given.items():
             if value not in (None, "auto") and value != getattr(config, name):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
-        before = read_metrics(run.path("metrics.json"))
+        before = run.metrics()
         setting = Setting(args.data_root, use_device(args.device), download=args.download)
         metrics = evaluate_again(run, setting)
     write_results(folder)

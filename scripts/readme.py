@@ -45,7 +45,7 @@ def updated(text: str) -> str:
 def table() -> str:
     """A row a set: mean ± deviation over seeds of our figures; others' figures."""
     runs = {}
-    for name in ("paper", "calibrated"):
+    for name in {name for _, name, _ in OURS}:
         with open(EXPERIMENTS / name / "results.csv", encoding="utf-8") as file:
             runs[name] = [row for row in csv.DictReader(file) if row["cpu"]]  # not the means
     lines = []

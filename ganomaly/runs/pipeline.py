@@ -19,7 +19,7 @@ from ganomaly.errors import UserError, describe, flag, lost_device
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.runs import evaluation, experiment, results
 from ganomaly.runs.provenance import changed_code, provenance
-from ganomaly.runs.run import ANEW, Recorder, Run, read_metrics, skip
+from ganomaly.runs.run import ANEW, Recorder, Run, skip
 from ganomaly.training import resolve_amp, train
 
 PAUSE = 2  # seconds to wait when other processes hold all remaining runs
@@ -105,7 +105,7 @@ def run_one(config: Config, folder: Path, setting: Setting, bar: tqdm) -> tuple[
         skip(bar, config.steps)
         if outcome == REEVALUATED:
             return evaluate_again(run, setting), outcome
-        return read_metrics(run.path("metrics.json")), outcome
+        return run.metrics(), outcome
 
 
 def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
@@ -148,7 +148,7 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
 
     UserError where its training images are others now.
     """
-    before = read_metrics(run.path("metrics.json"))
+    before = run.metrics()
     detector = load_detector(run.path("model.pt"), setting.device)
     config = detector.config
     use_threads(config.threads)
@@ -172,7 +172,7 @@ def unchanged(run: Run, setting: Setting) -> bool:
 
     UserError where its training images or its code are others, or where the images are gone.
     """
-    before = read_metrics(run.path("metrics.json"))
+    before = run.metrics()
     if changed := changed_code(before["provenance"].get("code")):
         message = f"{run.name}: trained by other code ({changed} changed since)"
         raise UserError(f"{message}; {ANEW}")

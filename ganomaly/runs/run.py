@@ -75,6 +75,9 @@ class Run:
                 path.unlink()
         write_atomic(self.path("config.json"), self.config.to_json())
 
+    def metrics(self) -> dict:
+        return read_metrics(self.path("metrics.json"))
+
     def write_scores(self, category, scores: dict[str, Tensor]) -> None:
         """scores.csv: a row a test image, raw float32 scores."""
         columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
