@@ -22,6 +22,7 @@ takes_benchmark := RECIPE $(run) CATEGORIES SEEDS WORKERS
 takes_ablate := RECIPE $(run) CATEGORIES SEEDS
 takes_evaluate := $(run)
 takes_predict := MODEL IMAGES OUTPUT HEATMAPS DEVICE ARGS
+takes_calibrate := MODEL IMAGES OUTPUT DEVICE ARGS
 takes_export := MODEL OUTPUT ARGS
 takes_report := EXPERIMENT DATA_ROOT DEVICE ARGS
 takes_board := EXPERIMENT
@@ -33,7 +34,7 @@ $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(filter-out PYTHON $(takes_$(goal
 words_of_benchmark = scripts/benchmark.py $(recipe) $(lists) $(place)
 
 .DEFAULT_GOAL := help
-.PHONY: help download train benchmark ablate evaluate predict export report board speed test torture
+.PHONY: help download train benchmark ablate evaluate predict calibrate export report board speed test torture
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -67,6 +68,10 @@ predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPU
 	@set -f; $(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
 		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) \
 		$(call flag,DEVICE,--device) $(ARGS)
+
+calibrate: $(READY) ## learn the threshold again from other good images: MODEL= IMAGES= OUTPUT=file.pt
+	@set -f; $(PYTHON) scripts/calibrate.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
+		$(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
 
 export: $(READY) ## one file that scores images with torch alone: MODEL=.../model.pt OUTPUT=file.pt2
 	@$(PYTHON) scripts/export.py $(call flag,MODEL,--model) $(call flag,OUTPUT,--output) $(ARGS)

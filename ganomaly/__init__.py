@@ -7,7 +7,7 @@ scores, p_values, defective = detector(["a.png", "b.jpg"])
 
 
 def load(path, device: str = "auto"):
-    """The trained detector of a run's model.pt; see ganomaly.detector.Detector.
+    """The trained detector of a model.pt, or of a run's folder; see ganomaly.detector.Detector.
 
     device: auto, cpu, cuda or cuda:N. UserError where the file is none of ours.
     """

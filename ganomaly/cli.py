@@ -20,6 +20,7 @@ from ganomaly.config import (
     nearest,
 )
 from ganomaly.errors import UserError
+from ganomaly.scoring import SCORES
 
 RUNS = EXPERIMENTS  # where runs go without --experiments-dir
 
@@ -117,13 +118,22 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model's file, and the threshold's quantile."""
+    """The model's file; its score and its threshold's quantile, see detector_of()."""
     parser.add_argument(
         "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
     )
     parser.add_argument(
         "--quantile", type=lambda text: checked(FIELDS["quantile"], float(text)), metavar="FLOAT",
         help="share of normal images under the threshold [as trained]",
+    )  # fmt: skip
+    parser.add_argument("--score", choices=SCORES, metavar="NAME", help="[the model's own]")
+
+
+def add_image_flag(parser: argparse.ArgumentParser) -> None:
+    """The images; see paths.find_images()."""
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="PATH",
+        help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
     )  # fmt: skip
 
 
@@ -142,7 +152,7 @@ def recipe_name(args: argparse.Namespace) -> str:
     """The name of the recipe that --recipe or --config stands for."""
     if args.config is None:
         return args.recipe
-    return args.config.resolve().parent.name if args.config.stem == "config" else args.config.stem
+    return args.config.absolute().parent.name if args.config.stem == "config" else args.config.stem
 
 
 def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:

@@ -24,13 +24,9 @@ from torch import Tensor
 from ganomaly.config import Config, nearest
 from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
-from ganomaly.images import (
-    SUFFIXES,
-    image_files,
-    note_others,
-    read_images,
-    to_pixels,
-)
+from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
+from ganomaly.masks import load_masks, mask_files
+from ganomaly.paths import SUFFIXES, image_files, note_left_out
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -59,6 +55,7 @@ class Category:
     test_defects: list[str]  # "good" or the defect's name
     test_paths: list[str]  # relative to the category's folder
     test_masks: Tensor | None = None  # bool (N, S, S), defective pixels; None without mask files
+    kind: Kind = Kind()  # what the training images have in common
 
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
@@ -99,7 +96,7 @@ def check_class(config: Config) -> None:
 def category_name(config: Config, data_root: Path | None) -> str:
     """The name of a run's category: without --category the name of the root folder."""
     root = data_root_of(config.dataset, data_root)
-    return config.category or os.path.basename(os.path.realpath(root))
+    return config.category or os.path.basename(os.path.abspath(root))
 
 
 def category_folder(config: Config, data_root: Path | None) -> Path:
@@ -120,7 +117,15 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
 def train_folder(folder: Path) -> Path:
     """Where a category's normal images are: in train/good, else in the folder itself."""
     good = folder / "train" / "good"
-    return folder if not good.is_dir() and folder.is_dir() and image_files(folder) else good
+    if good.is_dir() or not folder.is_dir():
+        return good
+    return folder if image_files(folder, deep=False) else good
+
+
+def train_files(folder: Path) -> list[Path]:
+    """The normal images of a category. Those in sub-folders too, if they are in train/good."""
+    place = train_folder(folder)
+    return image_files(place, deep=place != folder)
 
 
 def is_category(folder: Path) -> bool:
@@ -180,9 +185,9 @@ def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
         return {}
     folder = category_folder(config, data_root)
     test = test_files(folder)
-    masks = [mask for mask in mask_files(folder, test) if mask is not None]
+    masks = [mask for masks in mask_files(folder, test) for mask in masks]
     return {
-        "train_images": content_hash(image_files(train_folder(folder)), folder),
+        "train_images": content_hash(train_files(folder), folder),
         "test_images": content_hash([path for path, _ in test] + masks, folder),
     }
 
@@ -200,20 +205,23 @@ def content_hash(paths: list[Path], folder: Path) -> str:
 
 def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
-    good = train_folder(folder)
-    train = image_files(good)
-    kept, held_out = split_calibration(len(train), config, good)
+    train = train_files(folder)
+    kept, held_out = split_calibration(len(train), config, train_folder(folder))
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
             f"{folder / 'test'}: images are needed in test/good and in test/<defect>; "
             "add some, or take test/ away to train and calibrate only"
         )
-    note_others(folder, [*good.glob("*"), *folder.glob("test/*/*")])
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
-    pixels = read_images(paths, config.image_size, config.channels)
-    return Category(
+    full_scale = full_scale_of(train)
+    pixels, facts = read_images(paths, config.image_size, config.channels, full_scale)
+    kind = kind_of(facts[: len(train)], full_scale)
+    note_all(paths, facts, kind)
+    masks = mask_files(folder, test)
+    note_left_out(folder, [*paths, *(mask for masks in masks for mask in masks)])
+    category = Category(
         name=category_name(config, root),
         train=pixels[: len(kept)],
         calibration=pixels[len(kept) : len(train)],
@@ -221,42 +229,27 @@ def load_folder(config: Config, root: Path) -> Category:
         test_labels=np.array([int(defect != "good") for _, defect in test], dtype=np.int64),
         test_defects=[defect for _, defect in test],
         test_paths=[path.relative_to(folder).as_posix() for path, _ in test],
-        test_masks=load_masks(folder, test, config.image_size),
+        test_masks=load_masks(folder, test, masks, facts[len(train) :], config.image_size),
+        kind=kind,
     )
+    note_repeated(category, pixels[: len(train)])
+    return category
+
+
+def note_repeated(category: Category, normal: Tensor) -> None:
+    """Print how many test images are among the images of train/good (n, C, S, S)."""
+    known = {hash(image.tobytes()) for image in normal.numpy()}
+    test = zip(category.test_paths, category.test.numpy())
+    again = [path for path, image in test if hash(image.tobytes()) in known]
+    if again:
+        counts = f"{len(again)} of {len(category.test)} test images are training images too"
+        print(f"note: {category.name}: {counts}; the first: {again[0]}", file=sys.stderr)
 
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
-    """The images in test/<defect>, each with the name of its folder; sorted."""
+    """The images in test/<defect> and its sub-folders, each with the defect's name; sorted."""
     subs = sorted(path for path in folder.glob("test/[!.]*") if path.is_dir())
     return [(path, sub.name) for sub in subs for path in image_files(sub)]
-
-
-def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[Path | None]:
-    """ground_truth/<defect>/<image>_mask.png of every test image; None where there is none."""
-    found: list[Path | None] = []
-    for path, defect in test:
-        name = folder / "ground_truth" / defect / path.stem
-        both = [] if defect == "good" else [Path(f"{name}_mask.png"), Path(f"{name}.png")]
-        found.append(next((mask for mask in both if mask.is_file()), None))
-    return found
-
-
-def load_masks(folder: Path, test: list[tuple[Path, str]], image_size: int) -> Tensor | None:
-    """The masks as bool (N, S, S); None unless every defective image has one.
-
-    A pixel is defective where at least half of its area is. Good images have no defective pixel.
-    """
-    files = mask_files(folder, test)
-    defective = [i for i, (_, defect) in enumerate(test) if defect != "good"]
-    absent = [i for i in defective if files[i] is None]
-    if not defective or absent:
-        if len(absent) < len(defective):
-            counts = f"{len(absent)} of {len(defective)} defective images have no mask"
-            print(f"note: {folder}: {counts}, so no figures of pixels", file=sys.stderr)
-        return None
-    masks = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
-    masks[defective] = read_images([files[i] for i in defective], image_size, 1)[:, 0] >= 128
-    return masks
 
 
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)
@@ -300,8 +293,8 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     # One tensor in the order of the parts, so that no part is a copy
     order = [*train[kept].tolist(), *train[held_out].tolist(), *test]
     chosen = (Image.fromarray(images[i]) for i in order)
-    pixels = np.stack([to_pixels(image, config.image_size, config.channels) for image in chosen])
-    pixels = torch.from_numpy(pixels)
+    read = [to_pixels(image, config.image_size, config.channels) for image in chosen]
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in read]))
     labels = (classes[test] == anomaly).astype(np.int64)
     return Category(
         name=config.category,
@@ -311,6 +304,7 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
         test_labels=labels,
         test_defects=[names[anomaly] if label else "good" for label in labels],
         test_paths=[f"{names[classes[i]]}/{i:05d}" for i in test],
+        kind=kind_of([facts for _, facts in read[:n_train]], 0),
     )
 
 

@@ -1,7 +1,7 @@
 """The trained detector: scores, verdicts and heat maps of images, and model.pt.
 
-Networks are in eval mode and float32 here. The score of an image depends on this image alone, and
-scoring changes no buffer.
+Networks are in eval mode and float32 here. The score of an image depends on this image alone: among
+other images it differs by rounding only, at most by 1e-5 of its size. Scoring changes no buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import read_torch
-from ganomaly.images import read_images
+from ganomaly.images import Kind, note_all, read_images
 from ganomaly.networks import build
 from ganomaly.packed import can_pack, packed
 from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
@@ -47,7 +47,7 @@ def outputs_of(networks, x: Tensor) -> Outputs:
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
 
 
-@dataclass
+@dataclass(repr=False)
 class Detector:
     """A trained model and its calibration: the content of model.pt. It copies the networks."""
 
@@ -57,7 +57,8 @@ class Detector:
     scale: float | None = None  # of the normalised input, see batches.to_input
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
-    scoring_networks: dict[str, nn.Module] = field(init=False, repr=False)
+    kind: Kind = Kind()  # of the training images
+    scoring_networks: dict[str, nn.Module] = field(init=False)
 
     def __post_init__(self):
         self.networks = copy.deepcopy(self.networks)
@@ -68,6 +69,13 @@ class Detector:
         if can_pack(self.device):  # the comparator's 3x3 layers would gain nothing
             for name in ("generator", "discriminator"):
                 self.scoring_networks[name] = packed(self.networks[name])
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<Detector of {c.category or c.dataset}: score {c.score}, threshold {self.threshold}, "
+            f"images of {c.channels}x{c.image_size}x{c.image_size}, on {self.device}>"
+        )
 
     @property
     def batch(self) -> int:
@@ -96,26 +104,37 @@ class Detector:
         """The headline scores of the calibration images: (n,) float32, sorted."""
         return self.calibration.scores[self.config.score]
 
-    def set_quantile(self, quantile: float) -> float:
-        """Move the threshold; returns the expected share of normal images above it."""
-        self.config = self.config.replace(quantile=quantile)
+    def set_quantile(self, quantile: float, score: str | None = None) -> float:
+        """Move the threshold; returns the expected share of normal images above it.
+
+        score: another headline score from now on.
+        """
+        score = score or self.config.score
+        if score not in self.calibration.scores:
+            raise UserError(f"score: {score} is none of {', '.join(self.calibration.scores)}")
+        self.config = self.config.replace(quantile=quantile, score=score)
         self.threshold, above = scoring.threshold_at(self.normal, quantile)
         return above
 
-    def __call__(self, images: Tensor | Sequence[str | Path]) -> Verdicts:
-        """Verdicts on uint8 images (N, C, S, S), or on image files of any size and kind.
+    def __call__(self, images: Tensor | str | Path | Sequence[str | Path]) -> Verdicts:
+        """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.
 
         UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config
         if not isinstance(images, Tensor):
-            images = read_images([Path(path) for path in images], c.image_size, c.channels)
+            paths = [images] if isinstance(images, str | Path) else list(images)
+            images, facts = read_images(paths, c.image_size, c.channels, self.kind.full_scale)
+            note_all(paths, facts, self.kind)
         if images.dtype != torch.uint8 or images.shape[1:] != (c.channels, *[c.image_size] * 2):
             raise ValueError(
                 f"images are {images.dtype} of {tuple(images.shape)}; uint8 of "
                 f"(N, {c.channels}, {c.image_size}, {c.image_size}) is needed, 0 to 255"
             )
-        scores = self.scores(images)[c.score] if len(images) else torch.empty(0)
+        return self.verdicts(self.scores(images)[c.score] if len(images) else torch.empty(0))
+
+    def verdicts(self, scores: Tensor) -> Verdicts:
+        """Verdicts on headline scores (N,)."""
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
     @torch.inference_mode()
@@ -130,26 +149,36 @@ class Detector:
 
         UserError where one is not finite, as after a training that diverged.
         """
-        parts = self.map_batches(pixels, lambda o: scoring.raw_scores(o, self.config.scores))
-        scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
-        raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
-        check_finite({**raw.scores, "z - z_hat": raw.gaps})
-        return raw
+        return joined(self.map_batches(pixels, lambda o: scoring.raw_scores(o, self.config.scores)))
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
+        return self.calibrated(self.raw(pixels))
+
+    def calibrated(self, raw: Raw) -> dict[str, Tensor]:
         statistics, names = self.calibration.statistics, self.calibration.scores
-        return check_finite(scoring.all_scores(self.raw(pixels), statistics, names))
+        return check_finite(scoring.all_scores(raw, statistics, names))
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         fitted = self.calibration.statistics
         return torch.cat(self.map_batches(pixels, lambda o: scoring.heat_map(o, fitted).cpu()))
 
-    def reconstructions(self, pixels: Tensor) -> Tensor:
-        """x_hat of uint8 images (N, C, S, S), as uint8 in their own exposure, on the CPU."""
-        parts = self.map_batches(pixels, lambda o: o.x_hat.cpu())
-        return from_input(torch.cat(parts), pixels, self.scale)
+    def explain(self, pixels: Tensor) -> tuple[Verdicts, Tensor, Tensor]:
+        """Verdicts, reconstructions and heat maps of uint8 images (N, C, S, S), in one pass.
+
+        A reconstruction is x_hat as uint8 (C, S, S), in the exposure of its image. For heat maps
+        (S, S) see scoring.heat_map. All are on the CPU.
+        """
+        fitted, names = self.calibration.statistics, self.config.scores
+        parts = self.map_batches(
+            pixels,
+            lambda o: (scoring.raw_scores(o, names), o.x_hat.cpu(), scoring.heat_map(o, fitted)),
+        )
+        raws, x_hats, heats = zip(*parts)
+        scores = self.calibrated(joined(raws))[self.config.score]
+        x_hat = from_input(torch.cat(x_hats), pixels, self.scale)
+        return self.verdicts(scores), x_hat, torch.cat(heats).cpu()
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""
@@ -160,7 +189,16 @@ class Detector:
             "scores": self.calibration.scores,
             "threshold": self.threshold,
             "scale": self.scale,
+            "kind": tuple(self.kind),
         }
+
+
+def joined(parts: Sequence[Raw]) -> Raw:
+    """The raw scores of several batches as one, on the CPU. UserError where one is not finite."""
+    scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
+    raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
+    check_finite({**raw.scores, "z - z_hat": raw.gaps})
+    return raw
 
 
 def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,18 +209,21 @@ def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_detector(path, device: torch.device) -> Detector:
-    """The detector in a model.pt; UserError where the file is not one.
+    """The detector in a model.pt, or in a run's folder; UserError where there is none.
 
     A model may be older than some scores; see Detector.missing_scores.
     """
+    path = Path(path)
+    path = path / "model.pt" if path.is_dir() else path
     try:
-        state = read_torch(Path(path))
+        state = read_torch(path)
         config = configuration.from_json(state["config"])
         networks = build(config)
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])
         calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
         threshold, scale = state["threshold"], state["scale"]
+        kind = Kind(*state.get("kind", ()))
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
@@ -192,4 +233,4 @@ def load_detector(path, device: torch.device) -> Detector:
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
             f"{reason_of(error)}"
         ) from None
-    return Detector(networks, config, device, scale, calibration, threshold)
+    return Detector(networks, config, device, scale, calibration, threshold, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import threading
@@ -61,16 +63,50 @@ def quiet(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
+class Forgiving(io.FileIO):
+    """A standard stream. Where its terminal is gone, what is written is lost, without an error."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and error.errno != errno.EIO:  # a full disk or a closed pipe
+                raise
+            return len(data)
+
+
+def open_streams() -> None:
+    """Make the standard streams usable, whatever the parent process has left of them.
+
+    A closed stream becomes /dev/null, so that no other file takes its number. Every file name can
+    be printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        stream = getattr(sys, name)
+        if stream is None and number == 0:
+            sys.stdin = open(os.devnull)
+        elif number and stream is getattr(sys, f"__{name}__"):  # pytest has others
+            encoding = stream.encoding if stream else "utf-8"
+            utf8 = encoding.lower().replace("-", "") == "utf8"
+            raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
+            text = io.TextIOWrapper(
+                raw, encoding, "surrogateescape" if utf8 else "backslashreplace",
+                line_buffering=number == 2 or raw.isatty(),
+            )  # fmt: skip
+            setattr(sys, name, text)
+
+
 def guard(main, argv: list[str] | None = None) -> int:
     """Run a script's main(argv); returns its exit code.
 
     0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C.
     """
     threading.excepthook = quiet
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # so that every file name can be printed
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    open_streams()
     try:
         code = main(argv) or 0
         sys.stdout.flush()

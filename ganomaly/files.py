@@ -55,7 +55,7 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     """Write a file that is whole or not there. See as_bytes for text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, as process numbers repeat in containers that share a file system
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with path_in_error(path):
             with open(temporary, "wb") as file:

@@ -5,71 +5,143 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
 from ganomaly.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # Formats that are read, whatever a file's suffix. One of Pillow's other readers starts Ghostscript
-FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
-NOT_READ = set(".gif .heic .heif .avif .jp2 .jxl .raw .cr2 .nef .arw .dng".split())
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
+FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of 8, 10, 12, 14 and 16 bits
+COLOURED = 16  # levels between the channels of a colour; less is a tinge
+ALIKE = 1.05  # factor between two ratios of width to height that count as the same
+WORDS = {True: "in colour", False: "grey"}
 AHEAD = 256  # images decoded in advance
 
 # Pillow warns of large images and of unusual camera tags. Neither is a problem
 warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long notes in a file are harmless
 
 
-def suffix_of(path) -> str:
-    return os.path.splitext(path)[1].lower()
+class Facts(NamedTuple):
+    """What is known of an image file beside its pixels."""
+
+    aspect: float  # width / height, upright
+    colour: bool
+    brightest: int  # the largest level of a 16-bit file, else 0
+    notes: tuple[str, ...]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder; no hidden ones, and no pipes, which have no end to read to."""
-    named = (p for p in folder.iterdir() if suffix_of(p) in SUFFIXES and p.name[0] != ".")
-    return sorted(p for p in named if not p.is_fifo())
+class Kind(NamedTuple):
+    """What the training images have in common. A model keeps it, to read new images alike."""
+
+    full_scale: int = 0  # level that stands for white in 16-bit files; 0: there was no such file
+    aspect: tuple[float, float] | None = None  # smallest and largest width / height
+    colour: bool | None = None  # None: some have colour, some not
 
 
-def note_others(folder: Path, paths) -> None:
-    """Print how many image files are not read because of their suffix, such as .heic."""
-    found = Counter(suffix for path in paths if (suffix := suffix_of(path)) in NOT_READ)
-    if found:
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(found.items()))
-        print(f"note: not read in {folder}: {kinds}; convert them to png", file=sys.stderr)
-
-
-def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
-    image = ImageOps.exif_transpose(image)
+def levels_of(image: Image.Image) -> np.ndarray | None:
+    """The levels of a 16-bit image, (h, w) or (h, w, C); None for an image of 8 bits."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey
+    if image.mode.startswith("I"):  # grey
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65_535:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
-        image = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
+        return levels
+    if ";16" not in str(getattr(image, "tile", "")):
+        return None
+    high = np.asarray(image).astype(np.int64)  # Pillow keeps one byte of each level
+    try:
+        with Image.open(image.filename, formats=FORMATS) as other:
+            other.tile = [(*tile[:3], swapped(tile[3])) for tile in other.tile]
+            return 256 * high + np.asarray(other)
+    except Exception:  # grey with alpha, or a compressed TIFF
+        if high.max() < 64:  # of a camera of 10 or 12 bits
+            raise ValueError("too few levels are left of 16 bits; save as PNG in colour") from None
+        return 257 * high
+
+
+def swapped(arguments: str | tuple) -> str | tuple:
+    """The arguments of a Pillow decoder of 16-bit colour, with the bytes of a level swapped."""
+    if isinstance(arguments, tuple):
+        return (swapped(arguments[0]), *arguments[1:])
+    before, _, order = arguments.partition(";16")
+    native = "L" if sys.byteorder == "little" else "B"
+    return f"{before};16{'B' if order.replace('N', native) == 'L' else 'L'}"
+
+
+def full_scale_of(paths: Sequence[Path]) -> int:
+    """The full scale of 16-bit files: the smallest of FULL_SCALES that holds their levels.
+
+    Cameras of 10 or 12 bits write such files. Images of one set share one range. 0 where all
+    files have 8 bits, or cannot be read.
+    """
+
+    def brightest(path: Path) -> int:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                levels = levels_of(image)
+            return 0 if levels is None else int(levels.max())
+        except Exception:  # read_images tells what is wrong
+            return 0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        most = max(pool.map(brightest, paths), default=0)
+    return next(scale for scale in (0, *FULL_SCALES) if most <= scale)
+
+
+def to_pixels(
+    image: Image.Image, image_size: int, channels: int, full_scale: int = 0
+) -> tuple[np.ndarray, Facts]:
+    """Any Pillow image -> uint8 (C, S, S): upright, 8 bits, squashed to a square."""
+    notes, brightest = [], 0
+    if image.format in ("TIFF", "GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
+        notes.append("have several pages, of which the first is read")
+    levels = levels_of(image)
+    image.load()
+    original = image
+    if levels is not None:
+        brightest, white = int(levels.max()), full_scale or FULL_SCALES[-1]
+        eight_bits = ((levels * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(eight_bits)
+    try:
+        turn = ExifTags.Base.Orientation
+        image.getexif()[turn] = original.getexif().get(turn, 1)
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata raise errors of any kind
+        notes.append("have damaged metadata and may lie on their side")
     if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
         image = image.convert("RGBA")
+    if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
+        notes.append("have transparent pixels, whose hidden colours count")
+    few = image.resize((64, 64), Image.Resampling.NEAREST).convert("RGB")
+    few = np.asarray(few.resize((8, 8), Image.Resampling.BOX)).astype(int)  # without noise
+    colour = bool((np.ptp(few, axis=2) > COLOURED).any())
+    facts = Facts(image.width / image.height, colour, brightest, tuple(notes))
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1)), facts
 
 
-def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray | str:
-    """uint8 (C, S, S), or the reason why the file cannot be read."""
+def read_image(
+    path: str | Path, image_size: int, channels: int, full_scale: int = 0
+) -> tuple[np.ndarray, Facts] | str:
+    """to_pixels of a file, or the reason why it cannot be read."""
     try:
         if Path(path).is_fifo():  # opening it would wait for a writer
             return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
-            return to_pixels(image, image_size, channels)
+            return to_pixels(image, image_size, channels, full_scale)
     except Image.UnidentifiedImageError:
         return "not an image"
     except MemoryError:
@@ -78,13 +150,13 @@ def read_image(path: str | Path, image_size: int, channels: int) -> np.ndarray |
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def decode(paths: Iterable[str | Path], image_size: int, channels: int):
+def decode(paths: Iterable[str | Path], image_size: int, channels: int, full_scale: int = 0):
     """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque = deque()
         try:
             for path in paths:
-                waiting.append(pool.submit(read_image, path, image_size, channels))
+                waiting.append(pool.submit(read_image, path, image_size, channels, full_scale))
                 if len(waiting) > AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -93,18 +165,69 @@ def decode(paths: Iterable[str | Path], image_size: int, channels: int):
             pool.shutdown(cancel_futures=True)
 
 
-def read_images(paths: list[Path], image_size: int, channels: int) -> Tensor:
-    """uint8 (N, C, S, S); a UserError lists every file that cannot be read."""
+def read_images(
+    paths: Sequence[Path], image_size: int, channels: int, full_scale: int = 0
+) -> tuple[Tensor, list[Facts]]:
+    """uint8 (N, C, S, S) and the facts of each; a UserError lists the files that cannot be read."""
     pixels = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
-    results = decode(paths, image_size, channels)
-    bad = []
+    results = decode(paths, image_size, channels, full_scale)
+    facts, bad = [], []
     for i, result in enumerate(tqdm(results, "decoding", len(paths), leave=False, disable=None)):
         if isinstance(result, str):
             bad.append(f"{paths[i]} ({result})")
         else:
-            pixels[i] = torch.from_numpy(result)
+            pixels[i] = torch.from_numpy(result[0])
+            facts.append(result[1])
     if bad:
         raise UserError(
             f"{len(bad)} of {len(paths)} images cannot be read, mend or remove: {', '.join(bad)}"
         )
-    return pixels
+    return pixels, facts
+
+
+def kind_of(facts: Sequence[Facts], full_scale: int) -> Kind:
+    """What training images have in common."""
+    aspects, colours = [one.aspect for one in facts], {one.colour for one in facts}
+    return Kind(
+        full_scale, (min(aspects), max(aspects)), min(colours) if len(colours) == 1 else None
+    )
+
+
+class Notes:
+    """Collects what is odd about images, and where they differ from the training images."""
+
+    def __init__(self, kind: Kind):
+        self.kind, self.n = kind, 0
+        self.found: dict[str, tuple[int, str | Path]] = {}  # note -> number of images, the first
+
+    def add(self, path: str | Path, facts: Facts) -> None:
+        kind, notes, self.n = self.kind, list(facts.notes), self.n + 1
+        if facts.brightest and not kind.full_scale:
+            notes.append("have 16 bits, the training images have 8")
+        elif facts.brightest > kind.full_scale:
+            notes.append(f"are brighter than {kind.full_scale}, which is white since training")
+        if kind.colour is not None and facts.colour != kind.colour:
+            notes.append(f"are {WORDS[facts.colour]}, the training images are {WORDS[kind.colour]}")
+        low, high = kind.aspect or (facts.aspect, facts.aspect)
+        if not low / ALIKE <= facts.aspect <= high * ALIKE:
+            shapes = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+            notes.append(f"have another width / height than the training images ({shapes})")
+        for note in notes:
+            self.count(note, path)
+
+    def count(self, note: str, path: str | Path) -> None:
+        n, first = self.found.get(note, (0, path))
+        self.found[note] = n + 1, first
+
+    def print(self) -> None:
+        """One line for each kind of note, on standard error."""
+        for note, (n, first) in self.found.items():
+            print(f"note: {n} of {self.n} images {note}; the first: {first}", file=sys.stderr)
+
+
+def note_all(paths: Iterable[str | Path], facts: Iterable[Facts], kind: Kind) -> None:
+    """Print the notes on images that were read at once."""
+    notes = Notes(kind)
+    for path, one in zip(paths, facts):
+        notes.add(path, one)
+    notes.print()

@@ -1,15 +1,17 @@
 """Score images with a trained model: CSV with path, score, threshold, verdict and p-value.
 
 An image is called defective when its score is above the threshold, which held-out normal images
-set at training; the p-value is the share of normal images that score as high. An image that cannot
-be read is a row with the reason, and the exit code is 1.
+set; the p-value is the share of normal images that score as high. An image that cannot be read is
+a row with the reason, and the exit code is 1. Rows are written as images are scored, into
+FILE.part until all are there. After an interruption the same command goes on from there.
 """
 
+import contextlib
 import csv
-import glob
-import io
+import errno
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,22 +26,20 @@ from ganomaly import cli
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
-from ganomaly.files import check_output, write_atomic, write_output
-from ganomaly.images import SUFFIXES, decode, note_others, read_image, suffix_of
+from ganomaly.files import check_output, path_in_error, write_atomic
+from ganomaly.images import Notes, decode, read_image
+from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, explained, png
+from ganomaly.runs.results import csv_text, promise
 
-# A path, and the name of its heat map: relative to the folder that was asked for. Both are text:
-# Path objects of 100,000 images would use most of the memory
-Item = tuple[str, str]
+HEADER = ["path", "score", "threshold", "verdict", "p_value"]
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any file name fits
 
 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--images", required=True, nargs="+", metavar="PATH",
-        help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
-    )  # fmt: skip
+    cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[standard output]")
     parser.add_argument(
         "--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each"
@@ -49,26 +49,27 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
-    above = detector.set_quantile(args.quantile or detector.config.quantile)
+    detector.set_quantile(args.quantile or detector.config.quantile, args.score)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
         check_output(args.output, [args.model, *(path for path, _ in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
-    text = io.StringIO() if args.output else sys.stdout
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "score", "threshold", "verdict", "p_value"])
-    threshold = f"{detector.threshold:.9g}"
-    counts = {"normal": 0, "defective": 0, "unreadable": 0}
-    for path, score, verdict, p_value in judged(detector, items, args.heatmaps):
-        counts[verdict.partition(":")[0]] += 1
-        writer.writerow([path, score, threshold, verdict, p_value])
-    if args.output:
-        write_output(args.output, text.getvalue())
+    notes = Notes(detector.kind)
+    with open_rows(args, items, detector) as (file, done):
+        verdicts = [row[3] for row in done]
+        writer = csv.writer(file, lineterminator="\n")
+        for rows in judged(detector, items[len(done) :], args.heatmaps, notes):
+            writer.writerows(rows)
+            file.flush()
+            verdicts += [row[3] for row in rows]
+    counts = Counter(verdict.partition(":")[0] for verdict in verdicts)
+    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
+    notes.print()
     print(
-        f"{len(items)} images: {', '.join(f'{n} {kind}' for kind, n in counts.items())}; of normal "
-        f"images {above:.1%} are expected above the threshold, by {len(detector.normal)} held out"
+        f"{len(items)} images: {kinds}; "
+        + promise(len(detector.normal), detector.config.quantile)
         + (f"; written to {args.output}" if args.output else "")
         + (f"; heat maps in {args.heatmaps}" if args.heatmaps else ""),
         file=sys.stderr,
@@ -76,43 +77,54 @@ def main(argv=None) -> int:
     return 1 if counts["unreadable"] else 0
 
 
-def find_images(text: str) -> list[Item]:
-    """An image as given; the images in a folder and its sub-folders, or of a pattern, sorted."""
-    path = Path(text)
-    if text == "-":
-        given = os.fsdecode(sys.stdin.buffer.read())
-        if "\0" in given:
-            raise UserError("--images -: takes a path a line, as find prints them without -print0")
-        lines = [line.removesuffix("\r") for line in given.split("\n")]
-        if not any(lines):
-            raise UserError("--images -: no paths came through the pipe")
-        return [one_item(Path(line)) for line in lines if line]
-    if path.is_dir():
-        inside: list[str] = []
-        closed: list[str] = []  # folders that cannot be read: a row each, as images are
-        for place, folders, names in os.walk(path, onerror=lambda e: closed.append(e.filename)):
-            folders[:] = [name for name in folders if name[0] != "."]
-            inside += [os.path.join(place, name) for name in names if name[0] != "."]
-        note_others(path, inside)
-        inside = [p for p in inside if suffix_of(p) in SUFFIXES and os.path.isfile(p)] + closed
-        if not inside:
-            raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
-        inside.sort(key=lambda p: p.split(os.sep))
-        return [(p, os.path.relpath(p, path)) for p in inside]
-    if path.is_file():
-        return [one_item(path)]
-    if glob.has_magic(text):
-        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        if found := [p for p in matches if p.is_file() and suffix_of(p) in SUFFIXES]:
-            return [one_item(p) for p in found]
-        raise UserError(f"{text}: no image matches this pattern")
-    raise UserError(f"{path}: no such image or folder")
+@contextlib.contextmanager
+def open_rows(args, items: list[Item], detector: Detector):
+    """Yield the file for the rows, and the rows that an interrupted run has written to it."""
+    header = csv_text(HEADER, [])
+    if args.output is None:
+        sys.stdout.write(header)
+        yield sys.stdout, []
+    elif args.output.exists() and not args.output.is_file():  # a pipe or a device
+        with path_in_error(args.output), open(args.output, "w", **TEXT) as file:
+            file.write(header)
+            yield file, []
+    else:
+        output = Path(os.path.realpath(args.output))  # a link stays a link
+        part = output.with_name(f"{output.name}.part")
+        done = rows_before(part, items, detector, args.heatmaps)
+        if done:
+            print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
+        write_atomic(part, csv_text(HEADER, done))
+        try:
+            with path_in_error(part), open(part, "a", **TEXT) as file:
+                yield file, done
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
+        os.replace(part, output)
 
 
-def one_item(path: Path) -> Item:
-    """One image by its own path, whether it exists or not: its row says what is wrong."""
-    inside = not path.is_absolute() and ".." not in path.parts
-    return str(path), str(path) if inside else path.name
+def rows_before(part: Path, items: list[Item], detector: Detector, heatmaps: Path | None) -> list:
+    """The rows that an interrupted run of the same command has written.
+
+    They end where an image has changed since. The last row may be cut. Only whole batches count,
+    as the last digits of a score depend on the other images of its batch.
+    """
+    try:
+        since = part.stat().st_mtime
+        with open(part, **TEXT) as file:
+            rows = list(csv.reader(file))[1:-1]
+    except (FileNotFoundError, csv.Error):
+        return []
+    n = 0
+    for (path, name), row in zip(items, rows):
+        if len(row) != len(HEADER) or [row[0], row[2]] != [path, f"{detector.threshold:.9g}"]:
+            break
+        if os.path.exists(path) and os.stat(path).st_ctime > since:
+            break
+        if heatmaps and row[1] and not heatmap_of(heatmaps, name).exists():
+            break
+        n += 1
+    return rows[: n - n % detector.batch]
 
 
 def check_heatmaps(folder: Path, items: list[Item]) -> None:
@@ -142,31 +154,52 @@ def heatmap_of(folder: Path, name: str) -> Path:
     return folder / (name if name.endswith(".png") else name + ".png")
 
 
-def judged(detector: Detector, items: list[Item], heatmaps: Path | None) -> Iterator[tuple]:
-    """Yield path, score, verdict and p-value of every item, as text."""
-    config = detector.config
-    results = decode((path for path, _ in items), config.image_size, config.channels)
+def judged(
+    detector: Detector, items: list[Item], heatmaps: Path | None, notes: Notes
+) -> Iterator[list]:
+    """Yield the rows of each batch of items."""
+    config, white = detector.config, detector.kind.full_scale
+    threshold = f"{detector.threshold:.9g}"
+    results = decode((path for path, _ in items), config.image_size, config.channels, white)
     starts = range(0, len(items), detector.batch)
     for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
         batch = list(zip(items[start : start + detector.batch], results))
-        readable = [(item, pixels) for item, pixels in batch if not isinstance(pixels, str)]
+        readable = [(item, *read) for item, read in batch if not isinstance(read, str)]
+        verdicts: Iterator = iter(())
         if readable:
-            images = torch.from_numpy(np.stack([pixels for _, pixels in readable]))
-            verdicts = zip(*(values.tolist() for values in detector(images)))
+            images = torch.from_numpy(np.stack([pixels for _, pixels, _ in readable]))
             if heatmaps:
-                maps, x_hats = detector.heat_maps(images), detector.reconstructions(images)
-                for ((path, name), _), x_hat, heat in zip(readable, x_hats, maps):
-                    large = read_image(path, SIDE, config.channels)
-                    if not isinstance(large, str):  # it was there a moment ago
-                        picture = explained(torch.from_numpy(large), x_hat, heat)
-                        write_atomic(heatmap_of(heatmaps, name), png(picture))
-        for (path, _), pixels in batch:
-            if isinstance(pixels, str):
-                yield path, "", f"unreadable: {pixels}", ""
+                found, *maps = detector.explain(images)
+                for ((path, name), *_), x_hat, heat in zip(readable, *maps):
+                    if not write_heatmap(heatmap_of(heatmaps, name), path, detector, x_hat, heat):
+                        notes.count("have a name that is too long for a heat map", path)
+            else:
+                found = detector(images)
+            for (path, _), _, facts in readable:
+                notes.add(path, facts)
+            verdicts = zip(*(values.tolist() for values in found))
+        rows = []
+        for (path, _), read in batch:
+            if isinstance(read, str):
+                rows.append([path, "", threshold, f"unreadable: {read}", ""])
             else:
                 score, p_value, defective = next(verdicts)
                 verdict = "defective" if defective else "normal"
-                yield path, f"{score:.9g}", verdict, f"{p_value:.4g}"
+                rows.append([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+        yield rows
+
+
+def write_heatmap(target: Path, path: str, detector: Detector, x_hat, heat) -> bool:
+    """Write the picture of an image; False where the file system refuses its name."""
+    large = read_image(path, SIDE, detector.config.channels, detector.kind.full_scale)
+    if not isinstance(large, str):  # it was there a moment ago
+        try:
+            write_atomic(target, png(explained(torch.from_numpy(large[0]), x_hat, heat)))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ def main(argv=None) -> int:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     config = resolve(cli.recipe_values(parser, args))
+    recipe = args.config and cli.recipe_name(args)
     folder = cli.experiment_folder(args, args.experiment)
     cli.note_unused_root(config, args)
 
     device = use_device(args.device, args.deterministic)
-    setting = pipeline.Setting(args.data_root, device, args.force, args.download)
+    setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
     if args.dry_run:
         run = pipeline.run_of(config, folder, setting)
         print(f"{run.config.to_json()}would: {pipeline.plan(run, setting)}")

@@ -13,9 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
+from ganomaly import detector as detector_module
 from ganomaly import load
+from ganomaly.detector import Detector
 
-from .conftest import ROOT, contents, folder_of, printed, read_csv, read_json, refusal, train
+from .conftest import (
+    ROOT,
+    contents,
+    draw,
+    folder_of,
+    printed,
+    read_csv,
+    read_json,
+    refusal,
+    train,
+)  # fmt: skip
 
 CALIBRATED = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated".split()
 
@@ -56,11 +68,74 @@ def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
 def test_a_quantile_moves_the_threshold_and_says_what_it_stands_for(predict, parts):
     code, rows, err = predict(parts / "parts/test", "--quantile", "0.3")
     level = 1 - 4 / 11
-    assert code == 0 and f"{level:.1%} are expected above the threshold" in err
+    assert code == 0 and f"expected false alarms {100 * level:.2g} %" in err
     for row in rows:  # to the digits that are written
         assert (row["verdict"] == "defective") == (float(row["p_value"]) < level + 1e-3)
     line = refusal(predict(parts / "parts/test", "--quantile", "95"))
     assert "quantile: 95.0 is not allowed" in line
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    script, calibrated, parts, tmp_path, monkeypatch
+):
+    shutil.copytree(parts / "parts" / "test", tmp_path / "test")
+    monkeypatch.setattr(detector_module, "PASS_IMAGES", 2)
+    words = ["predict", "--model", calibrated, "--images", tmp_path / "test", "--output"]
+    printed(script(*words, tmp_path / "whole.csv"))
+    out, part, heat = tmp_path / "a.csv", tmp_path / "a.csv.part", tmp_path / "heat"
+    whole, explain, scored = (tmp_path / "whole.csv").read_bytes(), Detector.explain, []
+
+    def some(n):
+        def stop(detector, images):
+            scored.append(len(images))
+            if len(scored) > n:
+                raise KeyboardInterrupt
+            return explain(detector, images)
+
+        scored.clear()
+        monkeypatch.setattr(Detector, "explain", stop)
+        return script(*words, out, "--heatmaps", heat)
+
+    code, _, err = some(3)
+    assert code == 130 and "the same command goes on" in err and not out.exists()
+    assert part.read_bytes() == b"".join(whole.splitlines(True)[:7])
+    part.write_bytes(part.read_bytes()[:-3])  # killed while it wrote: the last batch is lost
+    code, _, err = some(9)
+    assert (code, sum(scored)) == (0, 5) and "going on after 4 of 9 images" in err
+    assert out.read_bytes() == whole and not part.exists() and len(list(heat.rglob("*.png"))) == 9
+    some(3)  # a finished run starts anew
+    (heat / "a_bar" / "002.png").unlink()
+    assert some(9)[0] == 0 and sum(scored) == 7
+    some(3)
+    shutil.copy(tmp_path / "test/good/000.png", tmp_path / "test/a_bar/000.png")
+    assert some(9)[0] == 0 and sum(scored) == 9 and out.read_bytes() != whole
+
+
+def test_another_score_of_the_same_model(predict, parts, trained):
+    code, rows, _ = predict(parts / "parts/test", "--score", "contextual")
+    recorded = [float(row["contextual"]) for row in read_csv(folder_of(trained) / "scores.csv")]
+    assert code == 0 and [float(row["score"]) for row in rows] == pytest.approx(recorded, rel=1e-5)
+    assert "comparator is none of" in refusal(predict(parts / "parts/test", "--score=comparator"))
+
+
+def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_path):
+    good, output = tmp_path / "good", tmp_path / "new.pt"
+    for i in range(20):
+        draw(good / f"{i}.png", np.random.default_rng(100 + i))
+    words = ["calibrate", "--model", calibrated, "--quantile=.97", "--score=contextual"]
+    out = printed(script(*words, "--images", good, "--output", output))
+    model, before = load(output, "cpu"), load(calibrated, "cpu")
+    assert len(model.normal) == 20 and model.config.score == "contextual"
+    assert model.threshold == float(model.normal[-1]) != before.threshold
+    assert "of these 20 images are above the threshold" in out
+    assert "4.8 % (from 20 held-out images); 3 % was asked for, which needs 33 images" in out
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(model.scores(images)["latent"], before.scores(images)["latent"])
+    assert model(sorted(good.glob("*.png"))).defective.sum() == 0
+    assert "8 images; 10 are needed" in refusal(
+        script(*words, "--images", *sorted(good.glob("*.png"))[:8], "--output", output)
+    )
+    assert repr(model).count("\n") < 4 and len(repr(model)) < 300
 
 
 def test_paths_come_from_patterns_and_pipes_in_their_order(predict, parts, tmp_path, monkeypatch):

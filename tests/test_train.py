@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ganomaly import data, images
+from ganomaly import data, paths
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.detector import Detector
 from ganomaly.runs import evaluation, experiment, pipeline
@@ -119,7 +119,7 @@ def test_training_never_sees_calibration_or_test_images(tmp_path):
     runs = [train(root.parent, tmp_path / "a")]
     _, held_out = data.split_calibration(24, Config(category="parts"), "parts")
     rng = np.random.default_rng(5)
-    files = images.image_files(root / "train" / "good")
+    files = paths.image_files(root / "train" / "good")
     for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):
         draw(path, rng, defective=True, size=64)
     runs.append(train(root.parent, tmp_path / "b"))

@@ -92,7 +92,7 @@ def pixel_auroc(detector: Detector, category: Category) -> float | None:
     if masks is None:
         return None
     if not masks.any():
-        message = "no pixel of any mask is defective at this image size (masks are 0 and 255)"
+        message = "no pixel of any mask is defective at this image size"
         print(f"note: {category.name}: {message}, so no figures of pixels", file=sys.stderr)
         return None
     heat = detector.heat_maps(category.test)

@@ -17,6 +17,7 @@ from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, flag, lost_device
 from ganomaly.files import Busy, locked, write_torch
+from ganomaly.networks import build
 from ganomaly.runs import evaluation, experiment, results
 from ganomaly.runs.provenance import changed_code, provenance
 from ganomaly.runs.run import ANEW, Recorder, Run, skip
@@ -35,7 +36,7 @@ class Setting:
     device: torch.device
     force: bool = False  # train anew, over what is there
     download: bool = False  # fetch mnist or cifar10 where it is missing
-    recipe: str | None = None  # whose committed table stands beside the results
+    recipe: str | None = None  # its name; its committed table stands beside the results
 
 
 def run_of(config: Config, folder: Path, setting: Setting) -> Run:
@@ -117,10 +118,11 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
     category = data.load(config, setting.data_root, setting.download)
     experiment.write_recipe(run.experiment, config, setting.force)
     run.begin(anew=setting.force)
+    tqdm.write(f"{run.name}: {start_line(config, category, setting)}", sys.stderr)
     recorder = Recorder(run, partial(evaluation.look, config, category, device), bar)
     try:
         trained = train(config, category.train, device, recorder)
-        detector = Detector(trained.networks, config, device, trained.scale)
+        detector = Detector(trained.networks, config, device, trained.scale, kind=category.kind)
         detector.calibrate(category.calibration)
         # model.pt comes first: if a figure or a picture fails, the model is kept
         write_torch(run.path("model.pt"), detector.state())
@@ -141,6 +143,18 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
         raise KeyboardInterrupt(message) from None
     finally:
         recorder.close()
+
+
+def start_line(config: Config, category: data.Category, setting: Setting) -> str:
+    """What is trained, before the first step."""
+    with torch.device("meta"):  # takes no memory
+        weights = [p for network in build(config).values() for p in network.parameters()]
+    size = "x".join(map(str, category.train.shape[1:]))
+    return (
+        f"recipe {setting.recipe or 'of the defaults'}, {len(category.train)} images of {size}, "
+        f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {config.steps} steps of "
+        f"{config.batch_size} in {config.amp} on {setting.device}"
+    )
 
 
 def evaluate_again(run: Run, setting: Setting) -> dict:

@@ -143,13 +143,14 @@ def explained_images(
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise UserError("its scores.csv names files outside of the category's folder")
         files = [data.category_folder(config, data_root) / name for name in names]
-        pixels = read_images(files, config.image_size, config.channels)
-        shown = read_images(files, pictures.SIDE, config.channels)
+        white = detector.kind.full_scale
+        pixels, _ = read_images(files, config.image_size, config.channels, white)
+        shown, _ = read_images(files, pictures.SIDE, config.channels, white)
     else:
         category = data.load(config, data_root)
         shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
-    parts = zip(shown, detector.reconstructions(pixels), detector.heat_maps(pixels))
-    return [pictures.png(pictures.explained(*part)) for part in parts]
+    _, x_hats, heats = detector.explain(pixels)
+    return [pictures.png(pictures.explained(*part)) for part in zip(shown, x_hats, heats)]
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -194,6 +195,17 @@ def table(columns: dict[str, str], rows: list[dict], published: dict | None = No
         cells = ["" if figure is None else f"{figure:.3f}" for figure in others]
         lines.append([category, *map(spread, figures), *cells])
     return Table(["category", *columns, *(published or {})], lines)
+
+
+def promise(n: int, quantile: float) -> str:
+    """The false alarms to expect with n held-out images, beside those asked for if they differ."""
+    text = (
+        f"expected false alarms {100 * share_above(n, quantile):.2g} % (from {n} held-out images)"
+    )
+    needed = math.ceil(round(quantile / (1 - quantile), 6))
+    if n < needed:
+        text += f"; {100 * (1 - quantile):.2g} % was asked for, which needs {needed} images"
+    return text
 
 
 def summary(m: dict, quantile: float) -> str:

@@ -156,8 +156,10 @@ class Recorder:
         speed = f"{record['images_per_second']:.0f} images/s"
         self.progress.set_postfix_str(f"{text}, {speed}")
         if self.progress.disable:
-            done = f"{self.run.name}: step {step}/{self.run.config.steps}"
-            print(f"{done}, {text}, {speed}", file=sys.stderr)
+            config = self.run.config
+            left = (config.steps - step) * config.batch_size / record["images_per_second"]
+            done = f"{self.run.name}: step {step}/{config.steps}"
+            print(f"{done}, {text}, {speed}, {left / 60:.1f} min left", file=sys.stderr)
 
     def preview(self, step: int, networks: dict, scale: float | None) -> None:
         """Adds a row to curve.csv, on which no choice depends; pictures for TensorBoard."""

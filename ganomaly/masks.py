@@ -1,0 +1,110 @@
+"""Masks of the defective pixels, drawn by people: which file is an image's, and what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ganomaly.images import ALIKE, FORMATS, Facts
+from ganomaly.paths import image_files
+
+MASK_FOLDERS = ("ground_truth", "masks")
+MASK_ENDING = re.compile(r"[-_ ]?(mask|gt|label|annotation)s?$")
+FEW_LEVELS = 16  # a mask with more levels has soft edges, as of a JPEG
+
+
+def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[list[Path]]:
+    """The mask files of every test image; none for good images.
+
+    The mask of test/<defect>/1.jpg is ground_truth/<defect>/1_mask.png, else 1.png there, else all
+    files in a folder 1, as MVTec LOCO has. Any suffix is taken. `masks` is another name for
+    ground_truth.
+    """
+    found: tuple[dict[str, list[Path]], ...] = ({}, {}, {})
+    for root in MASK_FOLDERS:
+        for path in image_files(folder / root):
+            name = path.relative_to(folder / root).with_suffix("").as_posix().casefold()
+            short = MASK_ENDING.sub("", name)
+            for names, key in zip(found, (short, name, os.path.dirname(name))):
+                if key != name or names is found[1]:
+                    names.setdefault(key, []).append(path)
+    result: list[list[Path]] = []
+    for path, defect in test:
+        key = path.relative_to(folder / "test").with_suffix("").as_posix().casefold()
+        masks = [names[key] for names in found if key in names and defect != "good"]
+        result.append(masks[0] if masks else [])
+    return result
+
+
+def load_masks(
+    folder: Path,
+    test: list[tuple[Path, str]],
+    masks: list[list[Path]],
+    facts: list[Facts],
+    image_size: int,
+) -> Tensor | None:
+    """The masks as bool (N, S, S). None unless every defective image has one that can be right.
+
+    A pixel is defective where at least half of its area is. Good images have no defective pixel.
+    """
+    defective = [i for i, (_, defect) in enumerate(test) if defect != "good"]
+    folders = [name for name in MASK_FOLDERS if (folder / name).is_dir()]
+    if not defective or not folders:
+        return None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = (pool.submit(load_mask, masks[i], facts[i].aspect, image_size) for i in defective)
+        read = [future.result() for future in list(work)]
+    wrong = [(reason, test[i][0]) for i, reason in zip(defective, read) if isinstance(reason, str)]
+    if wrong:
+        reason, first = wrong[0]
+        counts = f"{len(wrong)} of {len(defective)} defective images have no usable mask in "
+        message = f"{counts}{'/, '.join(folders)}/, so there are no figures of pixels"
+        print(f"note: {folder}: {message}; the first: {first} ({reason})", file=sys.stderr)
+        return None
+    result = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
+    result[defective] = torch.from_numpy(np.stack(read))
+    return result
+
+
+def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray | str:
+    """bool (S, S), defective where one of the files is; or why there is no such mask."""
+    if not paths:
+        return "no file with its name"
+    whole = np.zeros((image_size, image_size), bool)
+    for path in paths:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                pixels = mask_pixels(ImageOps.exif_transpose(image))
+        except Exception as error:  # damaged files raise errors of any kind
+            return f"{path.name}: {error}"
+        height, width = pixels.shape
+        if not 1 / ALIKE <= width / height / aspect <= ALIKE:
+            return f"{path.name} has {width}x{height} pixels, another shape than the image"
+        if not pixels.any():
+            return f"{path.name} is empty"
+        image = Image.fromarray(pixels.astype(np.uint8) * 255)
+        whole |= np.asarray(image.resize((image_size,) * 2, Image.Resampling.BILINEAR)) >= 128
+    return whole
+
+
+def mask_pixels(image: Image.Image) -> np.ndarray:
+    """bool (h, w): nonzero in a mask of few levels, else the upper half of the levels.
+
+    So 1 and 255 both mean defective, and the noise of a JPEG does not. Of a mask that varies in
+    its alpha channel only, this channel is taken.
+    """
+    image = image.convert("RGBA") if "transparency" in image.info else image
+    *colours, alpha = (np.asarray(band) for band in image.split())
+    if image.mode[-1] == "A" and not any(np.ptp(colour) for colour in colours):
+        levels = alpha
+    else:
+        levels = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
+    return levels > 0 if len(np.unique(levels)) <= FEW_LEVELS else levels > levels.max() / 2

@@ -1,0 +1,55 @@
+"""Calibrate a trained model on other good images; nothing is trained.
+
+Where the lamp or the material has changed, or a stricter threshold needs more images: statistics
+of normal images and threshold are learnt again, from good images that were not trained on. They
+go into a new model file.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ganomaly import cli
+from ganomaly.data import MIN_CALIBRATION
+from ganomaly.detector import load_detector
+from ganomaly.device import use_device, use_threads
+from ganomaly.errors import UserError, guard
+from ganomaly.files import check_output, write_torch
+from ganomaly.images import note_all, read_images
+from ganomaly.paths import find_images
+from ganomaly.runs.results import promise
+
+
+def main(argv=None) -> int:
+    parser = cli.Parser(__doc__)
+    cli.add_model_flags(parser)
+    cli.add_image_flag(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    args = parser.parse_args(argv)
+
+    detector = load_detector(args.model, use_device(args.device))
+    use_threads(detector.config.threads)
+    config, output = detector.config, args.output or args.model.with_name("calibrated.pt")
+    detector.set_quantile(args.quantile or config.quantile, args.score)
+    paths = [path for text in args.images for path, _ in find_images(text)]
+    check_output(output, [args.model, *paths])
+    if len(paths) < MIN_CALIBRATION:
+        raise UserError(f"--images: {len(paths)} images; {MIN_CALIBRATION} are needed, 99 are good")
+    images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)
+    note_all(paths, facts, detector.kind)
+    before, old = detector(images).defective, detector.threshold
+    detector.calibrate(images)
+    write_torch(Path(os.path.realpath(output)), detector.state())
+    n, score = len(paths), detector.config.score
+    print(f"before: {int(before.sum())} of these {n} images are above the threshold {old:.6g}")
+    print(f"now: threshold {detector.threshold:.6g} of score {score}, "
+          f"{promise(n, detector.config.quantile)}")  # fmt: skip
+    print(f"written {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

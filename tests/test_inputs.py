@@ -1,0 +1,302 @@
+"""Images and masks that would mislead in silence: what is read, and what is said of it."""
+
+import os
+import pty
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from ganomaly import data, load
+from ganomaly.images import full_scale_of, read_image
+
+from .conftest import ROOT, draw, draw_category, folder_of, read_csv, train, train_words
+from .test_data import folder
+
+
+@pytest.fixture
+def said(capsys):
+    """said(root) -> the category `parts` there, and what was printed about it."""
+
+    def load_category(root, **values):
+        category = data.load(folder(**values), root)
+        return category, capsys.readouterr().err
+
+    return load_category
+
+
+def every_image(folder):
+    return sorted(folder.rglob("*.png"))
+
+
+def write_png16(path, levels: np.ndarray) -> None:
+    """A colour PNG of 16 bits, which Pillow cannot write."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+# The range of the camera
+
+
+@pytest.mark.parametrize("bits", (8, 10, 12, 14, 16))
+@pytest.mark.parametrize("colour", (True, False))
+def test_a_camera_of_fewer_bits_is_read_at_its_full_range(tmp_path, said, bits, colour):
+    root = draw_category(tmp_path / "parts", n_good=1, n_bad=1)
+    expected, _ = said(tmp_path, channels=3 if colour else 1)
+    white = 2**bits - 1
+    for path in every_image(root):
+        with Image.open(path) as image:
+            eight = np.asarray(image if colour else image.convert("L")).astype(np.int64)
+        levels = ((eight * white + 127) // 255).astype(np.uint16)
+        write_png16(path, levels) if colour else Image.fromarray(levels).save(path)
+    category, err = said(tmp_path, channels=3 if colour else 1)
+    assert category.kind.full_scale == white and "note" not in err
+    for name in ("train", "calibration", "test"):
+        difference = getattr(category, name).int() - getattr(expected, name).int()
+        assert difference.abs().max() <= 1
+
+
+def test_a_model_keeps_the_range_and_tells_of_brighter_images(tmp_path, script):
+    root = draw_category(tmp_path / "images" / "parts")
+    for path in every_image(root):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 16).save(path)
+    model = train(tmp_path / "images", tmp_path, "--channels=1") / "model.pt"
+    detector = load(model.parent, "cpu")  # a run's folder
+    test = every_image(root / "test")
+    assert detector.kind.full_scale == 4095
+    recorded = [float(row["latent"]) for row in read_csv(model.parent / "scores.csv")]
+    assert detector(test).scores.tolist() == pytest.approx(recorded, rel=1e-5)
+    one = detector(str(test[0]))  # not letter by letter
+    assert one.scores.shape == (1,) and float(one.scores) == pytest.approx(recorded[0], rel=1e-5)
+    Image.fromarray(np.full((40, 40), 60_000, np.uint16)).save(tmp_path / "bright.png")
+    _, _, err = script("predict", "--model", model, "--images", tmp_path / "bright.png", *test)
+    assert "1 of 10 images are brighter than 4095" in err and "first: " in err
+
+
+def test_sixteen_bits_after_eight_are_told(tmp_path, trained, capsys):
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "a.png")
+    load(folder_of(trained))([tmp_path / "a.png"])
+    assert "1 of 1 images have 16 bits, the training images have 8" in capsys.readouterr().err
+    assert full_scale_of([tmp_path / "a.png", tmp_path / "gone.png"]) == 4095
+
+
+# Masks
+
+
+def add_masks(
+    root, name="{}_mask.png", value=255, size=(40, 40), dtype=np.uint8, top="ground_truth"
+):
+    """Masks of the bars; returns what is expected of the test images at 40 pixels."""
+    for path in every_image(root / "test" / "a_bar"):
+        with Image.open(path) as image:
+            bar = np.asarray(image.convert("L")) > 240
+        target = root / top / "a_bar" / name.format(path.stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((bar * value).astype(dtype)).resize(size, Image.Resampling.NEAREST)
+        image.save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(name="{}.bmp"), dict(name="{}_mask.PNG"), dict(name="{}_GT.png"), dict(value=1),
+        dict(name="{}_mask.jpg"), dict(name="{}/000.png"), dict(top="masks"), dict(size=(80, 80)),
+        dict(value=60_000, dtype=np.uint16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_masks_are_found_and_mean_the_same(tmp_path, said, how):
+    root = draw_category(tmp_path / "parts", n_bad=2)
+    add_masks(root)
+    expected = said(tmp_path)[0].test_masks
+    assert expected.any((1, 2)).tolist() == [True] * 2 + [False] * 4
+    shutil.rmtree(root / "ground_truth")
+    add_masks(root, **how)
+    category, err = said(tmp_path)
+    assert not err and (category.test_masks != expected).float().mean() < 0.02
+
+
+def test_a_mask_in_the_alpha_channel_is_read(tmp_path, said):
+    root = draw_category(tmp_path / "parts", n_bad=2)
+    add_masks(root)
+    expected = said(tmp_path)[0].test_masks
+    for path in every_image(root / "ground_truth"):
+        with Image.open(path) as mask:
+            shape = np.asarray(mask)
+        black = np.zeros((*shape.shape, 3), np.uint8)
+        Image.fromarray(np.concatenate([black, shape[..., None]], 2)).save(path)
+    assert torch.equal(said(tmp_path)[0].test_masks, expected)
+
+
+def empty(path):
+    Image.new("L", (40, 40)).save(path)
+
+
+def turned(path):
+    Image.new("L", (60, 40), 255).save(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [(empty, "000_mask.png is empty"), (turned, "60x40 pixels, another shape"), (cut, "000_mask")],
+)
+def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(tmp_path, said, spoil, words):
+    root = draw_category(tmp_path / "parts", n_bad=2)
+    add_masks(root)
+    spoil(root / "ground_truth" / "a_bar" / "000_mask.png")
+    category, err = said(tmp_path)
+    assert category.test_masks is None and words in err and "1 of 2 defective images" in err
+    shutil.rmtree(root / "ground_truth" / "a_bar")
+    category, err = said(tmp_path)
+    assert category.test_masks is None
+    assert "2 of 2 defective images have no usable mask in ground_truth/" in err
+    assert "a_bar/000.png (no file with its name)" in err
+
+
+# Images that are left out
+
+
+def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
+    root = draw_category(tmp_path / "parts", n_bad=3)
+    add_masks(root)
+    for top in ("train/good", "test/a_bar", "ground_truth/a_bar"):
+        (root / top / "day2").mkdir()
+        for path in every_image(root / top)[:1]:
+            path.rename(root / top / "day2" / path.name)
+    good = root / "train" / "good"
+    for thumbnails in ("@eaDir", "__MACOSX"):
+        shutil.copytree(root / "test", good / thumbnails)
+    shutil.copytree(root / "test" / "good", root / "test" / "good" / "more")
+    for name, place in (("a.png", "test"), ("b.png", "test"), ("c.png", "validation/good")):
+        draw(root / place / name, np.random.default_rng(5))
+    (good / "x.heic").write_text("x")
+    category, err = said(tmp_path)
+    assert len(category.train) + len(category.calibration) == 24
+    assert category.test_defects.count("a_bar") == 3 and category.test_masks is not None
+    assert "test/a_bar/day2/000.png" in category.test_paths
+    assert "2 in test, 1 .heic (convert them to png)" in err and "1 in validation/good" in err
+    assert "eaDir" not in err and "MACOSX" not in err
+
+
+def test_other_suffixes_and_linked_folders_are_scored(tmp_path, trained, parts, script):
+    good = parts / "parts" / "test" / "good"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "linked").symlink_to(good)
+    (tmp_path / "new" / "round").symlink_to(tmp_path / "new")
+    for name in ("a.jfif", "b.pgm", "c.GIF"):
+        with Image.open(good / "000.png") as image:
+            image.save(tmp_path / "new" / name, {"a.jfif": "JPEG", "b.pgm": "PPM"}.get(name))
+    words = ["predict", "--model", folder_of(trained) / "model.pt", "--images", tmp_path / "new"]
+    code, out, _ = script(*words)
+    assert code == 0 and len(out.splitlines()) == 1 + 3 + 4
+    (tmp_path / "list").write_bytes(b"\xef\xbb\xbf" + os.fsencode(good / "000.png") + b"\r\n")
+    with open(tmp_path / "list", "rb") as file:
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts/predict.py", *words[1:-1], "-"],
+            stdin=file, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0 and "1 images: 1 normal" in done.stderr, done.stderr
+
+
+# What is said of single images
+
+
+def test_pages_alpha_copies_and_metadata_are_told(tmp_path, said):
+    root = draw_category(tmp_path / "parts")
+    good, (first, second, third, *_) = root / "train/good", every_image(root / "train/good")
+    shutil.copy(third, root / "test" / "good" / "copy.png")
+    with Image.open(first) as image, Image.open(second) as other:
+        image.save(good / "pages.tif", save_all=True, append_images=[other])
+        clear = image.convert("RGBA")
+    clear.putalpha(image.convert("L"))
+    clear.save(first)
+    category, err = said(tmp_path)
+    assert "1 of 35 images have several pages, of which the first is read" in err
+    assert f"have transparent pixels, whose hidden colours count; the first: {first}" in err
+    assert "1 of 10 test images are training images too; the first: test/good/copy.png" in err
+
+
+def test_long_notes_in_a_file_do_not_hide_its_pixels(tmp_path):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("report", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png", pnginfo=notes)
+    assert not isinstance(read_image(tmp_path / "a.png", 32, 3), str)
+
+
+def test_another_kind_of_image_is_told_once(tmp_path, trained, parts, capsys):
+    detector, test = load(folder_of(trained)), every_image(parts / "parts" / "test")
+    detector(test)
+    assert not capsys.readouterr().err
+    for i, path in enumerate(test[:3]):
+        with Image.open(path) as image:
+            wide = image.resize((80, 40))
+        wide = np.asarray(wide) * [1, 0.2, 0.2]
+        Image.fromarray(wide.astype(np.uint8)).save(tmp_path / f"{i}.png")
+    detector([*every_image(tmp_path), *test])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("note: 3 of 12 images") for line in lines)
+    assert "are in colour, the training images are grey" in lines[0]
+    assert "another width / height than the training images (1.00)" in lines[1]
+
+
+def test_a_name_at_the_limit_loses_no_verdict(tmp_path, trained, parts, script):
+    test = parts / "parts" / "test" / "good"
+    (tmp_path / "new").mkdir()
+    for name in ("a" * 251 + ".png", "b" * 251 + ".bmp"):
+        with Image.open(test / "000.png") as image:
+            image.save(tmp_path / "new" / name)
+    words = ["--images", tmp_path / "new", "--heatmaps", tmp_path / "heat"]
+    code, out, err = script("predict", "--model", folder_of(trained) / "model.pt", *words)
+    assert code == 0 and len(out.splitlines()) == 3
+    assert "1 of 2 images have a name that is too long for a heat map" in err
+    assert len(every_image(tmp_path / "heat")) == 1
+
+
+# Standard streams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closing", ("2>&-", ">&-", "<&-", "<&- >&- 2>&-"))
+def test_closed_streams_harm_no_result(tmp_path, trained, parts, closing):
+    out = tmp_path / "a.csv"
+    words = [sys.executable, ROOT / "scripts/predict.py", "--images", parts / "parts/test"]
+    words += ["--model", folder_of(trained) / "model.pt", "--output"]
+    printed = subprocess.run([*words, out], capture_output=True, text=True, check=True).stderr
+    line = f"{shlex.join(map(str, words))} {tmp_path / 'b.csv'} {closing}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == ("" if "2>" in closing else printed.replace("a.csv", "b.csv"))
+    assert (tmp_path / "b.csv").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_stops_no_training(tmp_path, trained, parts):
+    reader, terminal = pty.openpty()
+    words = map(str, train_words(parts, tmp_path))
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/train.py", *words], stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    os.close(reader)
+    assert run.wait() == 0
+    for name in ("scores.csv", "curve.csv"):
+        assert (folder_of(tmp_path) / name).read_bytes() == (folder_of(trained) / name).read_bytes()
