@@ -53,7 +53,9 @@ class Config:
     """One run. Construction checks every value; UserError names the key and what is allowed."""
 
     dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
-    category: str | None = knob(None, "MVTec's name, a folder's, or the class that is the anomaly")
+    category: str | None = knob(
+        None, "name of a category or a folder; else the class that is the anomaly"
+    )
     image_size: int = knob(64, "side of the images, pixels", choices=(32, 64, 128, 256, 512, 1024))
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
     normalise: str = knob(
@@ -87,8 +89,9 @@ class Config:
     def __post_init__(self):
         for key in FIELDS.values():
             object.__setattr__(self, key.name, checked(key, getattr(self, key.name)))
-        if not (self.w_adv or self.w_con or self.w_enc):
-            raise UserError("w_adv, w_con, w_enc: all are 0, one must be positive to train")
+        weights = [name for name in FIELDS if name.startswith("w_")]
+        if not any(getattr(self, name) for name in weights):
+            raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
             raise UserError("comparator_width: it needs corrupted images; raise corrupted")
         if self.score not in self.scores:

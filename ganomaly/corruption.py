@@ -39,7 +39,7 @@ class Corruption:
         if size > MASK_SIDE:
             masks = F.interpolate(masks, (size, size), mode="bilinear")
         self.masks = masks.to(device)
-        # The spread of colours: 0 for grey images, as a colour would show which ones are corrupted
+        # The spread of colours. It is 0 for grey images: a colour would reveal the corrupted ones
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 
@@ -122,7 +122,7 @@ class Corruption:
 
 
 def draw_mask(size: int, rng: torch.Generator) -> Tensor:
-    """One region (S, S) in [0, 1], of at least two pixels; each of three kinds is as likely."""
+    """A blob, a rectangle or a line, equally likely: (S, S) in [0, 1], at least two pixels."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=rng))

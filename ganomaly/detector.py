@@ -149,7 +149,7 @@ class Detector:
 
         UserError where one is not finite, as after a training that diverged.
         """
-        return joined(self.map_batches(pixels, lambda o: scoring.raw_scores(o, self.config.scores)))
+        return joined(self.map_batches(pixels, scoring.raw_scores))
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
@@ -170,10 +170,9 @@ class Detector:
         A reconstruction is x_hat as uint8 (C, S, S), in the exposure of its image. For heat maps
         (S, S) see scoring.heat_map. All are on the CPU.
         """
-        fitted, names = self.calibration.statistics, self.config.scores
+        fitted = self.calibration.statistics
         parts = self.map_batches(
-            pixels,
-            lambda o: (scoring.raw_scores(o, names), o.x_hat.cpu(), scoring.heat_map(o, fitted)),
+            pixels, lambda o: (scoring.raw_scores(o), o.x_hat.cpu(), scoring.heat_map(o, fitted))
         )
         raws, x_hats, heats = zip(*parts)
         scores = self.calibrated(joined(raws))[self.config.score]

@@ -31,7 +31,7 @@ def use_device(name: str, deterministic: bool = False) -> torch.device:
         raise UserError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Fused Adam, capturable or not, counts its steps on the device
+        # A warning about `capturable` does not hold: fused Adam counts its steps on the GPU anyway
         warnings.filterwarnings("ignore", ".*capturable")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for cuBLAS

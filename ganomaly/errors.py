@@ -52,7 +52,7 @@ def lost_device(error: BaseException) -> bool:
 
 
 def exit_code(code: int) -> int:
-    """0 for codes 1 and 2 under torchrun with restarts: a restart would not help."""
+    """0 for codes 1 and 2 under torchrun, which would start the processes again in vain."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     return 0 if code in (1, 2) and restarts else code
 

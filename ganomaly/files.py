@@ -27,8 +27,8 @@ class Busy(UserError):
 def locked(folder: Path, wait: bool = False):
     """Hold the folder's lock. The lock ends with the process, even a killed one.
 
-    Busy where another process has it, unless `wait`. The lock's file stays: its removal would be an
-    error to processes that wait for it.
+    Busy if another process has it, unless `wait`. The lock's file is not deleted, as other
+    processes may still wait for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:

@@ -22,9 +22,8 @@ from ganomaly.errors import UserError
 # Formats that are read, whatever a file's suffix. One of Pillow's other readers starts Ghostscript
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
 FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of 8, 10, 12, 14 and 16 bits
-COLOURED = 16  # levels between the channels of a colour; less is a tinge
+GREY, COLOURED = 4, 16  # mean levels between channels: grey images have fewer, colour images more
 ALIKE = 1.05  # factor between two ratios of width to height that count as the same
-WORDS = {True: "in colour", False: "grey"}
 AHEAD = 256  # images decoded in advance
 
 # Pillow warns of large images and of unusual camera tags. Neither is a problem
@@ -36,7 +35,7 @@ class Facts(NamedTuple):
     """What is known of an image file beside its pixels."""
 
     aspect: float  # width / height, upright
-    colour: bool
+    colour: float  # mean difference between channels, in levels
     brightest: int  # the largest level of a 16-bit file, else 0
     notes: tuple[str, ...]
 
@@ -46,7 +45,7 @@ class Kind(NamedTuple):
 
     full_scale: int = 0  # level that stands for white in 16-bit files; 0: there was no such file
     aspect: tuple[float, float] | None = None  # smallest and largest width / height
-    colour: bool | None = None  # None: some have colour, some not
+    colour: tuple[float, float] | None = None  # smallest and largest, see Facts
 
 
 def levels_of(image: Image.Image) -> np.ndarray | None:
@@ -126,7 +125,7 @@ def to_pixels(
         notes.append("have transparent pixels, whose hidden colours count")
     few = image.resize((64, 64), Image.Resampling.NEAREST).convert("RGB")
     few = np.asarray(few.resize((8, 8), Image.Resampling.BOX)).astype(int)  # without noise
-    colour = bool((np.ptp(few, axis=2) > COLOURED).any())
+    colour = float(np.ptp(few, axis=2).mean())
     facts = Facts(image.width / image.height, colour, brightest, tuple(notes))
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
@@ -187,10 +186,8 @@ def read_images(
 
 def kind_of(facts: Sequence[Facts], full_scale: int) -> Kind:
     """What training images have in common."""
-    aspects, colours = [one.aspect for one in facts], {one.colour for one in facts}
-    return Kind(
-        full_scale, (min(aspects), max(aspects)), min(colours) if len(colours) == 1 else None
-    )
+    aspects, colours = [one.aspect for one in facts], [one.colour for one in facts]
+    return Kind(full_scale, (min(aspects), max(aspects)), (min(colours), max(colours)))
 
 
 class Notes:
@@ -206,8 +203,11 @@ class Notes:
             notes.append("have 16 bits, the training images have 8")
         elif facts.brightest > kind.full_scale:
             notes.append(f"are brighter than {kind.full_scale}, which is white since training")
-        if kind.colour is not None and facts.colour != kind.colour:
-            notes.append(f"are {WORDS[facts.colour]}, the training images are {WORDS[kind.colour]}")
+        low, high = kind.colour or (facts.colour, facts.colour)
+        if facts.colour > COLOURED + 2 * high and high <= COLOURED:
+            notes.append("are in colour, the training images are grey")
+        elif facts.colour <= GREY and low > COLOURED:
+            notes.append("are grey, the training images are in colour")
         low, high = kind.aspect or (facts.aspect, facts.aspect)
         if not low / ALIKE <= facts.aspect <= high * ALIKE:
             shapes = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"

@@ -28,6 +28,7 @@ def channel_plan(image_size: int, width: int) -> list[int]:
 
 
 def block(convolution: nn.Module, activation: nn.Module) -> list[nn.Module]:
+    """A convolution, BatchNorm and an activation."""
     return [convolution, nn.BatchNorm2d(convolution.out_channels), activation]
 
 
@@ -36,7 +37,10 @@ def leaky_relu() -> nn.Module:
 
 
 def downsampling(config: Config) -> nn.Sequential:
-    """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU."""
+    """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU.
+
+    Both encoders and the discriminator have these layers. The decoder mirrors them.
+    """
     plan, width = channel_plan(config.image_size, config.width), config.width
     layers = [nn.Conv2d(config.channels, width, 4, 2, 1, bias=False), leaky_relu()]
     for _ in range(config.extra_layers):
@@ -117,8 +121,8 @@ class Comparator(nn.Module):
     """x and x_hat, each (B, channels, S, S) -> logits (B, S, S): is this pixel corrupted?
 
     A small U-Net (Ronneberger et al. 2015) with maps from S/2 down to 8x8. It is a smaller version
-    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). Its input and output have a
-    channel for each pixel of a 2x2 square: layers at full size would take half of its time.
+    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). Each 2x2 square of its input
+    and output becomes four channels. Layers at full size would take half of its time.
     """
 
     def __init__(self, config: Config):

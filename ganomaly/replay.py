@@ -25,8 +25,8 @@ class Replayed:
     """step(*inputs), recorded at its fourth call and replayed from then on.
 
     The step changes the tensors of state(), in place, and nothing else. It draws no random numbers
-    and never waits for the device. Its inputs keep their shapes. Where recording fails, or replays
-    give another state than the step, a message says so and the step runs as it is.
+    and never waits for the device. Its inputs keep their shapes. If recording fails, or if a replay
+    gives another result, a message says so, and training goes on without a graph.
     """
 
     def __init__(self, step: Callable, state: Callable[[], object], device: torch.device):
@@ -56,7 +56,7 @@ class Replayed:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def try_recording(self, inputs: tuple[Tensor, ...]) -> None:
-        """Do the step; keep a recording where two replays from the same state agree with it."""
+        """Record the step, replay it twice, then run it normally; keep it if all agree."""
         state = [leaf for leaf in tree_leaves(self.state()) if isinstance(leaf, Tensor)]
         before, reason = [], ""
         try:

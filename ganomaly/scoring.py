@@ -1,7 +1,8 @@
 """Anomaly scores, maps of the anomaly, and their calibration on held-out normal images.
 
-A new score is one line in PLAIN_SCORES, in MAP_SCORES where it sums up a map, or in FITTED_SCORES
-where it needs statistics of normal images.
+A new score is one line in PLAIN_SCORES, in MAP_SCORES if it sums up a map of MAPS, or in
+FITTED_SCORES if it needs statistics of normal images. A new field of Statistics needs a default,
+so that older models can be read.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def highest(m: Tensor, share: float) -> Tensor:
 
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
-STANDARDISED = (*MAPS, "residual_wide")  # scores that are combined after standardising
+SMALL = ("residual", "gradient", "comparator")  # scores of small defects, and parts of heat maps
+STANDARDISED = (*SMALL, "residual_wide")  # scores that are combined after standardising
 
 # Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
 # paper prints `latent_l1`.
@@ -120,10 +122,11 @@ class Raw:
         return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
 
 
-def raw_scores(o: Outputs, names) -> Raw:
-    """The PLAIN_SCORES and MAP_SCORES of one batch; `names` leaves some scores and maps out."""
-    scores = {name: score(o) for name, score in PLAIN_SCORES.items() if name in names}
-    maps = {name: map_of(o) for name, map_of in MAPS.items() if name in names}
+def raw_scores(o: Outputs) -> Raw:
+    """The PLAIN_SCORES and MAP_SCORES of one batch; without a comparator, not its score."""
+    scores = {name: score(o) for name, score in PLAIN_SCORES.items()}
+    absent = "comparator" if o.logits is None else None
+    maps = {name: map_of(o) for name, map_of in MAPS.items() if name != absent}
     scores |= {name: score(maps[m]) for name, (m, score) in MAP_SCORES.items() if m in maps}
     return Raw(scores, (o.z - o.z_hat).double())
 
@@ -164,8 +167,8 @@ def mean_z(raw: Raw, statistics: Statistics, names) -> Tensor:
 def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
     """The larger of two standardised scores: (N,) float32.
 
-    The mean of gradient and comparator finds small defects, residual_wide finds large ones. So one
-    of the two is enough, and the other cannot hide it.
+    The mean of gradient and comparator finds small defects, residual_wide finds large ones. One
+    high value is enough. A low value of the other cannot lower the result.
     """
     small = mean_z(raw, statistics, ("gradient", "comparator"))
     return small.maximum(mean_z(raw, statistics, ("residual_wide",)))
@@ -173,7 +176,7 @@ def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
 
 FITTED_SCORES = {
     "latent_whitened": lambda raw, fitted: whitened(raw.gaps, fitted.mean, fitted.precision),
-    "calibrated": lambda raw, fitted: mean_z(raw, fitted, MAPS),
+    "calibrated": lambda raw, fitted: mean_z(raw, fitted, SMALL),
     "small_or_large": small_or_large,
 }
 SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
@@ -186,12 +189,12 @@ def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tens
 
 
 def heat_map(o: Outputs, statistics: Statistics) -> Tensor:
-    """Anomaly of every pixel: (B, S, S), the mean of the MAPS on the scale of their scores.
+    """Anomaly of every pixel: (B, S, S), the mean of the maps SMALL on the scale of their scores.
 
     0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
     same for all images, so their heat maps can be compared.
     """
-    parts = {name: statistics.parts[name] for name in MAPS if name in statistics.parts}
+    parts = {name: statistics.parts[name] for name in SMALL if name in statistics.parts}
     maps = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in parts.items()]
     return sum(maps) / len(maps)
 
@@ -258,7 +261,7 @@ def p_values(normal: Tensor, scores: Tensor) -> Tensor:
     """Share of normal images that score as high: (N,) float64, at least 1 / (n + 1).
 
     normal: (n,) as in threshold_at. For any p, at most a share p of normal images has a p-value of
-    at most p. A score is above the threshold exactly where its p-value is at most the share that
+    at most p. A score is above the threshold if and only if its p-value is at most the share that
     threshold_at returns.
     """
     below = torch.searchsorted(normal.sort().values, scores.contiguous())  # strictly below

@@ -40,9 +40,9 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, recorder) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    recorder.load() returns the checkpoint to go on from, or None; recorder.skip(steps) takes its
-    number of steps. recorder.log(record) takes the mean losses since the record before.
-    recorder.preview(step, networks, scale) may look at the networks before each
+    recorder.load() returns the checkpoint to go on from, or None. recorder.skip(steps) is told how
+    many steps it has done. Every LOG_EVERY steps recorder.log(record) takes the mean losses since
+    the last record. recorder.preview(step, networks, scale) may look at the networks before each
     recorder.save(state). recorder.progress is a tqdm.
 
     UserError where the checkpoint is of other images, other code or another kind of device, and
@@ -110,8 +110,10 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     averaged, latest = map(list, zip(*pairs))
 
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
-        # One forward pass serves both steps: D and G are each updated with the other's weights from
-        # before the step, as in the released code. BatchNorm statistics move once an image
+        # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. A CUDA
+        # graph may record this function: no random numbers, no .item(), tensors change in place.
+        # One forward pass serves both updates, so each uses the other's weights of before the step,
+        # as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)
@@ -132,7 +134,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         optimizer_g.zero_grad()
         scaler.scale(loss_g).backward(inputs=weights_g)
 
-        # Optimisers: only now, as the gradient of loss_g needs D's weights of the forward pass
+        # Both optimisers move only now: the gradient of loss_g needs D's weights unchanged
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
@@ -169,7 +171,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             x_in = torch.cat([corrupted, x[n_corrupted:]])
         update(x, x_in, mask)
 
-        # Running average. Its decay starts small: else a short run's would be mostly first weights
+        # Running average. Its decay starts small. With a constant decay, the average of a short run
+        # would be mostly the initial weights
         step += 1
         decay = min(config.ema_decay, step / (step + 10))
         torch._foreach_lerp_(averaged, latest, 1 - decay)  # decay averaged + (1 - decay) latest
@@ -195,7 +198,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             torch._foreach_zero_([*sums.values()])
         recorder.progress.update()
 
-        # Checkpoint. The preview comes first: a run that is killed between the two repeats it
+        # Checkpoint. The preview comes first: after a kill between the two it is made again
         if save:
             recorder.preview(step, {**networks, **averages}, scale)
             state = {name: part.state_dict() for name, part in stateful.items()}

@@ -62,7 +62,7 @@ class Program(nn.Module):
         detector, fitted = self.detector, self.detector.calibration.statistics
         score = detector.config.score
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
-        scores = all_scores(raw_scores(o, detector.config.scores), fitted, [score])[score]
+        scores = all_scores(raw_scores(o), fitted, [score])[score]
         return scores, scores > detector.threshold, heat_map(o, fitted)
 
 

@@ -89,8 +89,8 @@ def measure_roof(device: torch.device, threads: int) -> dict:
 
 
 def training(args) -> list[dict]:
-    """Training at width 64, the paper recipe's networks, beside the peers: images a second,
-    billions of multiply-adds an image in our step, the share of the roof by this count."""
+    """Training of the paper recipe's networks at width 64, beside the peers: images a second;
+    billions of multiply-adds of our step per image; the share of the machine's limit."""
     rows, top = [], measure_roof(args.device, args.threads)["amp"]
     for image_size, batch_size in SIZES[args.device.type]:
         shape = {"image_size": image_size, "batch_size": batch_size, "threads": args.threads}

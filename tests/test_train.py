@@ -163,7 +163,9 @@ def test_masks_without_a_defective_pixel_give_a_note_and_no_figure(script, tmp_p
     masks = root / "ground_truth" / "a_bar"
     masks.mkdir(parents=True)
     for i in range(5):
-        Image.new("L", (40, 40), i % 2).save(masks / f"{i:03}_mask.png")  # 0 and 1, not 255
+        mask = np.zeros((80, 80), np.uint8)
+        mask[40, 40] = 255  # less than half of a pixel of the network
+        Image.fromarray(mask).save(masks / f"{i:03}_mask.png")
     code, _, err = script("train", *train_words(tmp_path / "images", tmp_path))
     assert code == 0 and "no pixel of any mask is defective" in err
     assert numbers(folder_of(tmp_path))[0]["pixel_auroc"] is None

@@ -111,7 +111,7 @@ def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Pa
 
 
 def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:
-    """The committed table of a recipe. Without one, the folder's name is: paper for local/paper.
+    """The committed table of a recipe. Without one, the recipe has the folder's name.
 
     None where there is none, and for the committed experiment itself.
     """

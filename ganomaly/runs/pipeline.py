@@ -66,7 +66,7 @@ def outcome_of(run: Run, setting: Setting) -> str:
 
 
 def plan(run: Run, setting: Setting) -> str:
-    """What run_one would do; UserError where it would be refused before it looks at the images."""
+    """What run_one would do, in words; UserError if it would refuse. No pixels are read."""
     outcome, steps = outcome_of(run, setting), run.config.steps
     if outcome == DONE_BEFORE:
         action = "finished, left alone"
@@ -166,7 +166,7 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     detector = load_detector(run.path("model.pt"), setting.device)
     config = detector.config
     use_threads(config.threads)
-    hashes = image_hashes(config, setting.data_root, before)
+    hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
     # Scores that are newer than the model, or of another formula now, are calibrated again
     if detector.missing_scores or changed_code(before["provenance"].get("code")):
@@ -190,11 +190,11 @@ def unchanged(run: Run, setting: Setting) -> bool:
     if changed := changed_code(before["provenance"].get("code")):
         message = f"{run.name}: trained by other code ({changed} changed since)"
         raise UserError(f"{message}; {ANEW}")
-    hashes = image_hashes(run.config, setting.data_root, before)
+    hashes = checked_hashes(run.config, setting.data_root, before)
     return before["provenance"].get("test_images") == hashes.get("test_images")
 
 
-def image_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
+def checked_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
     """Hashes of the images that are there now; UserError if a run was trained on others."""
     hashes = data.image_hashes(config, data_root)
     trained_on = before["provenance"].get("train_images")
