@@ -164,42 +164,33 @@ def judged(
     starts = range(0, len(items), detector.batch)
     for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
         batch = list(zip(items[start : start + detector.batch], results))
-        readable = [(item, *read) for item, read in batch if not isinstance(read, str)]
-        verdicts: Iterator = iter(())
+        readable = [read[0] for _, read in batch if not isinstance(read, str)]
         if readable:
-            images = torch.from_numpy(np.stack([pixels for _, pixels, _ in readable]))
-            if heatmaps:
-                found, *maps = detector.explain(images)
-                for ((path, name), *_), x_hat, heat in zip(readable, *maps):
-                    if not write_heatmap(heatmap_of(heatmaps, name), path, detector, x_hat, heat):
-                        notes.count("have a name that is too long for a heat map", path)
-            else:
-                found = detector(images)
-            for (path, _), _, facts in readable:
-                notes.add(path, facts)
-            verdicts = zip(*(values.tolist() for values in found))
+            images = torch.from_numpy(np.stack(readable))
+            found, *maps = detector.explain(images) if heatmaps else (detector(images),)
+            answers = zip(*(values.tolist() for values in found), *maps)
         rows = []
-        for (path, _), read in batch:
+        for (path, name), read in batch:
             if isinstance(read, str):
                 rows.append([path, "", threshold, f"unreadable: {read}", ""])
-            else:
-                score, p_value, defective = next(verdicts)
-                verdict = "defective" if defective else "normal"
-                rows.append([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+                continue
+            score, p_value, defective, *parts = next(answers)
+            verdict = "defective" if defective else "normal"
+            rows.append([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
+            notes.add(path, read[1])
+            if heatmaps:
+                large = read_image(path, SIDE, config.channels, white)
+                if not isinstance(large, str):  # it was there a moment ago
+                    caption = f"{verdict}: score {score:.4g}, threshold {detector.threshold:.4g}"
+                    image = torch.from_numpy(large[0])
+                    try:
+                        picture = png(explained(image, *parts, defective, caption))
+                        write_atomic(heatmap_of(heatmaps, name), picture)
+                    except OSError as error:
+                        if error.errno != errno.ENAMETOOLONG:
+                            raise
+                        notes.count("have a name that is too long for a heat map", path)
         yield rows
-
-
-def write_heatmap(target: Path, path: str, detector: Detector, x_hat, heat) -> bool:
-    """Write the picture of an image; False where the file system refuses its name."""
-    large = read_image(path, SIDE, detector.config.channels, detector.kind.full_scale)
-    if not isinstance(large, str):  # it was there a moment ago
-        try:
-            write_atomic(target, png(explained(torch.from_numpy(large[0]), x_hat, heat)))
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            return False
-    return True
 
 
 if __name__ == "__main__":

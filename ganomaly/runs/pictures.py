@@ -5,19 +5,25 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 SIDE = 256  # of each of the three pictures, pixels
 FULL = 5.0  # heat from here on has the full colour; heat of 0 or less, normal, is not drawn
+LEAST = 2.0  # heat of the hottest pixel of an image that is called defective, at least
 
 
-def explained(image: Tensor, x_hat: Tensor, heat: Tensor) -> Image.Image:
+def explained(
+    image: Tensor, x_hat: Tensor, heat: Tensor, defective: bool, caption: str = ""
+) -> Image.Image:
     """Three squares side by side: the image, its reconstruction, the heat map over the grey image.
 
     image, x_hat: uint8 (C, H, W) of any sizes; heat: float32 (S, S), see Detector.heat_maps. The
-    scale of the heat is fixed, so that two pictures compare.
+    scale of the heat is fixed. Only where a defective image has no heat, its hottest pixels get
+    some: the verdict is by the score, which may see what the map does not.
     """
+    if defective:
+        heat = heat + max(0.0, LEAST - float(heat.max()))
     squares = [square(image), square(x_hat)]
     strength = F.interpolate(heat[None, None], (SIDE, SIDE), mode="bilinear")[0]
     strength = (strength / FULL).clamp(0, 1)  # (1, SIDE, SIDE)
@@ -26,7 +32,10 @@ def explained(image: Tensor, x_hat: Tensor, heat: Tensor) -> Image.Image:
     cover = 0.85 * strength.sqrt()
     squares.append(squares[0].mean(0, keepdim=True) * (1 - cover) + colour * cover)
     pixels = torch.cat([s.round() for s in squares], 2).to(torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    draw, place = ImageDraw.Draw(picture), (2 * SIDE + 6, SIDE - 16)
+    draw.text(place, caption, "white", stroke_width=2, stroke_fill="black")
+    return picture
 
 
 def square(pixels: Tensor) -> Tensor:

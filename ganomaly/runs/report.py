@@ -149,8 +149,9 @@ def explained_images(
     else:
         category = data.load(config, data_root)
         shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
-    _, x_hats, heats = detector.explain(pixels)
-    return [pictures.png(pictures.explained(*part)) for part in zip(shown, x_hats, heats)]
+    verdicts, x_hats, heats = detector.explain(pixels)
+    parts = zip(shown, x_hats, heats, verdicts.defective)
+    return [pictures.png(pictures.explained(*part)) for part in parts]
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
