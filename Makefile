@@ -21,7 +21,7 @@ takes_train := RECIPE $(run)
 takes_benchmark := RECIPE $(run) CATEGORIES SEEDS WORKERS
 takes_ablate := RECIPE $(run) CATEGORIES SEEDS
 takes_evaluate := $(run)
-takes_predict := MODEL IMAGES OUTPUT HEATMAPS DEVICE ARGS
+takes_predict := MODEL IMAGES OUTPUT HEATMAPS REPORT DEVICE ARGS
 takes_calibrate := MODEL IMAGES OUTPUT DEVICE ARGS
 takes_export := MODEL OUTPUT ARGS
 takes_report := EXPERIMENT DATA_ROOT DEVICE ARGS
@@ -64,16 +64,16 @@ ablate: $(READY) ## what each part of a recipe is worth: RECIPE= CATEGORIES= SEE
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
 
-predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv HEATMAPS=folder
+predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv HEATMAPS=folder REPORT=page.html
 	@set -f; $(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
-		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) \
+		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) $(call flag,REPORT,--report) \
 		$(call flag,DEVICE,--device) $(ARGS)
 
 calibrate: $(READY) ## learn the threshold again from other good images: MODEL= IMAGES= OUTPUT=file.pt
 	@set -f; $(PYTHON) scripts/calibrate.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
 		$(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
 
-export: $(READY) ## one file that scores images with torch alone: MODEL=.../model.pt OUTPUT=file.pt2
+export: $(READY) ## one file that scores images with torch or ONNX alone: MODEL=.../model.pt OUTPUT=file.pt2 or .onnx
 	@$(PYTHON) scripts/export.py $(call flag,MODEL,--model) $(call flag,OUTPUT,--output) $(ARGS)
 
 report: $(READY) ## an experiment as one HTML page: EXPERIMENT= DATA_ROOT= also shows the worst errors

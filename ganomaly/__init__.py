@@ -5,6 +5,8 @@ detector = load("experiments/local/bottle/seed42/model.pt")
 scores, p_values, defective = detector(["a.png", "b.jpg"])
 """
 
+__version__ = "1.0.0"
+
 
 def load(path, device: str = "auto"):
     """The trained detector of a model.pt, or of a run's folder; see ganomaly.detector.Detector.

@@ -1,4 +1,4 @@
-"""Image-level figures of one category: AUROC, average precision, F1, and the controls.
+"""Figures of one category: AUROC, average precision, F1, AUPRO, and the controls.
 
 Labels are 0 normal, 1 defective; a higher score means more anomalous.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.metrics import (
     accuracy_score,
+    auc,
     average_precision_score,
+    confusion_matrix,
     pairwise_distances_argmin_min,
     precision_recall_curve,
     precision_recall_fscore_support,
@@ -19,17 +22,19 @@ from sklearn.metrics import (
 )
 
 
-def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
     """Figures of scores (N,) at a threshold that no test label has touched.
 
     An image is called defective when its score is greater than the threshold. f1_max is the best
     F1 over all thresholds, an oracle; f1_trivial is the F1 of calling every image defective.
+    confusion counts the verdicts; positive means defective.
     """
     verdicts = scores > threshold
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, verdicts, average="binary", zero_division=0
     )
     bad, good = int(labels.sum()), int((labels == 0).sum())
+    names = "true_negative", "false_positive", "false_negative", "true_positive"
     precisions, recalls, _ = precision_recall_curve(labels, scores)
     f1s = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
     return {
@@ -41,11 +46,41 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[s
         "accuracy": float(accuracy_score(labels, verdicts)),
         "f1_max": float(np.max(f1s)),
         "f1_trivial": 2 * bad / (2 * bad + good),
+        "confusion": dict(zip(names, confusion_matrix(labels, verdicts).ravel().tolist())),
     }
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(roc_auc_score(labels, scores))
+
+
+def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
+    """Area under the per-region overlap, as MVTec AD defines it (Bergmann et al., IJCV 2021).
+
+    At a threshold, the overlap is the share of a defective region above it, averaged over all
+    regions of all masks. A region is 8-connected. The false-positive rate is the share of good
+    pixels above it. The area is taken from a rate of 0 to `limit`, and divided by `limit`.
+
+    masks: bool (N, H, W); maps: (N, H, W), higher is more anomalous.
+    """
+    neighbours = np.pad(np.ones((1, 3, 3)), ((1, 1), (0, 0), (0, 0)))  # all in the same image
+    named, _ = ndimage.label(masks, neighbours)
+    overlap = masks / np.bincount(named.ravel())[named]  # what a pixel adds to its region's
+    order = np.argsort(-maps, axis=None, kind="stable")
+    ends = np.append(np.diff(maps.ravel()[order]) != 0, True)  # equal values share one point
+    sums = (np.append(0, np.cumsum(v.ravel()[order])[ends]) for v in (~masks, overlap))
+    x, y = (values / values[-1] for values in sums)  # the rate and the overlap
+    below, last = x <= limit, np.interp(limit, x, y)
+    return float(auc(np.append(x[below], limit), np.append(y[below], last)) / limit)
+
+
+def found(kinds: list[str], verdicts: np.ndarray) -> dict[str, dict[str, int]]:
+    """How many images of each kind but "good" are called defective, and how many there are.
+
+    kinds: of N images; verdicts: bool (N,).
+    """
+    groups = {k: verdicts[np.array(kinds) == k] for k in sorted(set(kinds) - {"good"})}
+    return {kind: {"found": int(v.sum()), "images": len(v)} for kind, v in groups.items()}
 
 
 def brightness(images: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Score a finished run again from its model.pt and rewrite its numbers (identical ones).
 
-The run is found by --experiment, --category and --seed; it keeps its own config, and other config
-flags are refused where they differ from it.
+The run is found by --experiment, --category and --seed. It keeps its own config; other config
+flags are refused if they differ from it. With another --score that score's figures are shown, and
+nothing is written.
 """
 
 import sys
@@ -39,14 +40,17 @@ def main(argv=None) -> int:
     with locked(run.folder):  # another process may be training it anew
         config = configuration.load(run.path("config.json"))
         for name, value in given.items():
-            if value not in (None, "auto") and value != getattr(config, name):
+            if name != "score" and value not in (None, "auto", getattr(config, name)):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
         before = run.metrics()
         setting = Setting(args.data_root, use_device(args.device), download=args.download)
-        metrics = evaluate_again(run, setting)
-    write_results(folder)
-    changed = [key for key in metrics if key != "provenance" and metrics[key] != before[key]]
+        metrics = evaluate_again(run, setting, given.get("score"))
     print(summary(metrics, config.quantile))
+    if metrics["score"] != config.score:
+        print(f"  written   nothing, as the score of this run is {config.score}")
+        return 0
+    write_results(folder)
+    changed = [key for key in metrics if key != "provenance" and metrics[key] != before.get(key)]
     print(f"  changed   {', '.join(changed) or 'nothing: the numbers are those of the run'}")
     return 0
 

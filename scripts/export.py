@@ -1,13 +1,15 @@
-"""Write a trained model as one torch.export program, which needs torch and nothing of ours.
+"""Write a trained model as one file that needs nothing of ours; the suffix of --output decides.
 
-Its input is uint8 images (B, C, S, S) of any B; its outputs are the scores (B,), whether each is
-above the threshold (B,), and heat maps (B, S, S), as ganomaly.detector has them: normalisation,
-calibration and threshold are inside.
+.pt2 is a torch.export program. .onnx is for ONNX Runtime; there it is compared with the model
+before it is written. The input `images` is uint8 (B, C, S, S) of any B. The outputs are `scores`
+(B,), `defective` (B,), which says whether each score is above the threshold, and `heat_maps`
+(B, S, S), as ganomaly.detector has them: normalisation, calibration and threshold are inside.
 """
 
 import io
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 from ganomaly import cli
 from ganomaly.batches import to_input
 from ganomaly.detector import Detector, load_detector, outputs_of
-from ganomaly.errors import guard
+from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, write_output
+from ganomaly.runs.results import promise
 from ganomaly.scoring import all_scores, heat_map, raw_scores
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages
+SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 
 def main(argv=None) -> int:
@@ -28,24 +34,35 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[model.pt2 beside the model]")
     args = parser.parse_args(argv)
+    output = args.output or args.model.with_suffix(".pt2")
+    to_onnx = output.suffix == ".onnx"
+    if not to_onnx and output.suffix != ".pt2":
+        raise UserError(f"--output {output}: must end in .pt2 (torch) or .onnx (ONNX Runtime)")
+    if to_onnx and not all(map(find_spec, ONNX)):
+        raise UserError(f"export to ONNX needs {', '.join(ONNX)}: pip install {' '.join(ONNX)}")
 
     detector = load_detector(args.model, torch.device("cpu"))
     c = detector.config
-    above = detector.set_quantile(args.quantile or c.quantile)
-    output = args.output or args.model.with_suffix(".pt2")
+    detector.set_quantile(args.quantile or c.quantile, args.score)
     check_output(output, [args.model])
+    if to_onnx and args.model.stat().st_size > 2e9:
+        raise UserError(f"{args.model}: over 2 GB, too large for ONNX; name a .pt2 file")
     images = torch.zeros(2, c.channels, c.image_size, c.image_size, dtype=torch.uint8)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with torch.no_grad():
-        program = torch.export.export(Program(detector), (images,), dynamic_shapes=shapes)
     buffer = io.BytesIO()
-    warnings.filterwarnings("ignore", "No complete tensor")  # meant for shared weights on a GPU
-    torch.export.save(program, buffer)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of torch's own exporters
+        program = torch.export.export(Program(detector), (images,), dynamic_shapes=SHAPES)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # it has paths of this machine
+        if to_onnx:
+            buffer.write(onnx_file(program, detector))
+        else:
+            torch.export.save(program, buffer)
     write_output(output, buffer.getvalue())
     print(
-        f"{output}: uint8 (B, {c.channels}, {c.image_size}, {c.image_size}) -> {c.score} scores "
-        f"(B,), verdicts (B,), heat maps (B, {c.image_size}, {c.image_size}); {above:.1%} of "
-        "normal images are expected above the threshold"
+        f"{output}: uint8 (B, {c.channels}, {c.image_size}, {c.image_size}) -> "
+        f"{detector.config.score} scores (B,), verdicts (B,), heat maps (B, {c.image_size}, "
+        f"{c.image_size}); {promise(len(detector.normal), detector.config.quantile)}"
     )
     return 0
 
@@ -64,6 +81,26 @@ class Program(nn.Module):
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
         scores = all_scores(raw_scores(o), fitted, [score])[score]
         return scores, scores > detector.threshold, heat_map(o, fitted)
+
+
+def onnx_file(program: torch.export.ExportedProgram, detector: Detector) -> bytes:
+    """UserError where ONNX Runtime's scores or heat maps of noise are not the detector's."""
+    import onnxruntime  # late: optional
+
+    converted = torch.onnx.export(
+        program, input_names=["images"], output_names=["scores", "defective", "heat_maps"],
+        dynamic_shapes=SHAPES, dynamo=True, verbose=False,
+    )  # fmt: skip
+    content = converted.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    c = detector.config
+    for n in (1, 3):
+        images = torch.randint(256, (n, c.channels, c.image_size, c.image_size), dtype=torch.uint8)
+        scores, _, heat_maps = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+        pairs = [(detector(images).scores, scores), (detector.heat_maps(images), heat_maps)]
+        if not all((a - b).abs().max() <= 1e-4 * a.abs().max() for a, b in pairs):
+            raise UserError("ONNX Runtime does not give the model's scores; name a .pt2 file")
+    return content
 
 
 if __name__ == "__main__":

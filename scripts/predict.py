@@ -9,6 +9,7 @@ FILE.part until all are there. After an interruption the same command goes on fr
 import contextlib
 import csv
 import errno
+import heapq
 import os
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, path_in_error, write_atomic
 from ganomaly.images import Notes, decode, read_image
 from ganomaly.paths import Item, find_images
-from ganomaly.runs.pictures import SIDE, explained, png
+from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
 from ganomaly.runs.results import csv_text, promise
 
 HEADER = ["path", "score", "threshold", "verdict", "p_value"]
@@ -44,6 +45,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     args = parser.parse_args(argv)
 
@@ -53,28 +57,42 @@ def main(argv=None) -> int:
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
         check_output(args.output, [args.model, *(path for path, _ in items)])
+    if args.report:
+        check_output(args.report, [args.model, *(path for path, _ in items)])
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
     notes = Notes(detector.kind)
     with open_rows(args, items, detector) as (file, done):
-        verdicts = [row[3] for row in done]
+        verdicts, worst = [row[3] for row in done], worst_of(done)
         writer = csv.writer(file, lineterminator="\n")
         for rows in judged(detector, items[len(done) :], args.heatmaps, notes):
             writer.writerows(rows)
             file.flush()
             verdicts += [row[3] for row in rows]
+            worst = worst_of(worst + rows)
     counts = Counter(verdict.partition(":")[0] for verdict in verdicts)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
     notes.print()
+    promised = promise(len(detector.normal), detector.config.quantile)
+    text = f"{len(items)} images: {kinds}; {promised}"
+    if args.report:
+        from ganomaly.runs.report import write_verdicts  # late, as it is slow to import
+
+        write_verdicts(args.report, detector, worst, text)
     print(
-        f"{len(items)} images: {kinds}; "
-        + promise(len(detector.normal), detector.config.quantile)
+        text
         + (f"; written to {args.output}" if args.output else "")
-        + (f"; heat maps in {args.heatmaps}" if args.heatmaps else ""),
+        + (f"; heat maps in {args.heatmaps}" if args.heatmaps else "")
+        + (f"; page {args.report}" if args.report else ""),
         file=sys.stderr,
     )
     return 1 if counts["unreadable"] else 0
+
+
+def worst_of(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with the highest scores, these first."""
+    return heapq.nlargest(WORST, (row for row in rows if row[1]), key=lambda row: float(row[1]))
 
 
 @contextlib.contextmanager
@@ -184,7 +202,7 @@ def judged(
                     caption = f"{verdict}: score {score:.4g}, threshold {detector.threshold:.4g}"
                     image = torch.from_numpy(large[0])
                     try:
-                        picture = png(explained(image, *parts, defective, caption))
+                        picture = encoded(explained(image, *parts, defective, caption))
                         write_atomic(heatmap_of(heatmaps, name), picture)
                     except OSError as error:
                         if error.errno != errno.ENAMETOOLONG:

@@ -143,6 +143,7 @@ ASIDE = "last.pt is damaged; set aside as last.damaged.pt"
 DAMAGES = [
     ("metrics cut", lambda f: cut(f / "metrics.json"), "train", "not a complete metrics.json"),
     ("metrics gone", unfinished, "train", None),
+    ("checkpoint gone", lambda f: (unfinished(f) / "last.pt").unlink(), "train", None),
     ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
     ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
     ("model cut", lambda f: cut(f / "model.pt"), "evaluate", "not a model.pt"),

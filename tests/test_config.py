@@ -108,7 +108,7 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
 
 
 def test_a_generator_without_any_loss_is_refused():
-    with pytest.raises(UserError, match="w_adv, w_con, w_enc: all are 0"):
+    with pytest.raises(UserError, match="w_adv, w_con, w_enc.*: all are 0"):
         Config(w_adv=0, w_con=0, w_enc=0)
 
 

@@ -15,7 +15,7 @@ from ganomaly.config import ROOT, Config, load
 from ganomaly.data import MVTEC, TEN
 from ganomaly.errors import UserError, describe
 from ganomaly.files import read_torch, write_atomic, write_torch
-from ganomaly.runs import experiment
+from ganomaly.runs import experiment, results
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
 from ganomaly.runs.results import FIGURES, Reference, markdown, results_csv, results_page, summary
@@ -142,7 +142,7 @@ def test_a_run_without_test_images_is_named_and_no_part_of_a_mean():
     assert rows_of([empty])[0]["auroc"] == ""
     assert "nothing to evaluate: parts" in markdown_of("x", [empty])
     line = summary(empty, 0.95)
-    assert "nothing could be evaluated" in line and "5.0% of good images" in line
+    assert "nothing could be evaluated" in line and "expected false alarms 5 %" in line
 
 
 def test_runs_from_before_a_score_was_added_still_make_a_table():
@@ -150,6 +150,30 @@ def test_runs_from_before_a_score_was_added_still_make_a_table():
     runs = [run_metrics("bottle"), newer]
     assert [row["auroc_brand_new"] for row in rows_of(runs)] == ["", "0.9", ""]
     assert "brand_new" in markdown_of("x", runs)
+    assert list(rows_of(runs)[0])[16:19] == ["pixel_auroc", "auroc_nearest", "aupro"]
+    assert "aupro" not in rows_of([run_metrics("bottle", aupro=None)])[0]
+
+
+def test_the_summary_tells_what_was_found_and_what_does_better():
+    kinds = {"chip": {"found": 1, "images": 2}, "{dirt}": {"found": 2, "images": 3}}
+    more = dict(confusion={"true_positive": 3, "false_positive": 1}, found=kinds)
+    text = summary(run_metrics("pills", auroc=0.9537, auroc_pca=0.9834, **more), 0.95)
+    assert text.startswith("pills seed 42: AUROC 0.954 (latent), average precision 0.954\n")
+    assert "found 3 of 5 defective, false alarms 1 of 5 good\n" in text
+    assert "by kind   chip 1 of 2, {dirt} 2 of 3\n" in text
+    assert "better here: PCA-40 0.983, this score 0.954" in text
+    del kinds["chip"]
+    text = summary(run_metrics("pills", auroc=0.9537, auroc_pca=0.9538, **more), 0.95)
+    assert "better" not in text and "by kind" not in text
+
+
+def test_false_alarms_that_cannot_be_promised_are_told():
+    text = "expected false alarms 4.8 % (from 20 held-out images)"
+    assert results.promise(20, 0.95) == text
+    assert results.promise(20, 0.99) == f"{text}; 1 % was asked for, which needs 99 images"
+    for quantile, needed in ((0.95, 19), (0.9, 9), (0.99, 99), (0.999, 999), (2 / 3, 2)):
+        assert "asked" not in results.promise(needed, quantile)
+        assert f"needs {needed}" in results.promise(needed - 1, quantile)
 
 
 # From the folders of runs

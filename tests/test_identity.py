@@ -194,6 +194,9 @@ def test_evaluate_gives_the_same_numbers_of_the_same_images(script, parts, finis
     assert (tmp_path / "local/results.csv").read_bytes() == table
     assert "width" in refusal(script("evaluate", *words, "--width=9"))
     assert "no finished run" in refusal(script("evaluate", *words, "--seed=3"))
+    out = printed(script("evaluate", *words, "--score=contextual"))
+    assert f"AUROC {read_json(finished / 'metrics.json')['scores']['contextual']:.3f} (con" in out
+    assert "nothing, as the score of this run is latent" in out and contents(finished) == before
     # Its looks in training were at other images
     draw(tmp_path / "images/parts/test/good/new.png", np.random.default_rng(7))
     assert "n_test_good" in printed(script("evaluate", *words))

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn import metrics as sk
 
-from ganomaly.metrics import brightness, controls, evaluate
+from ganomaly.metrics import aupro, brightness, controls, evaluate, found
 
 
 def drawn(seed: int, n: int = 60, levels: int = 7):
@@ -24,6 +25,7 @@ def test_figures_are_their_definitions(seed):
     assert ours["recall"] == pytest.approx(hits / (hits + misses))
     assert ours["f1"] == pytest.approx(2 * hits / (2 * hits + alarms + misses))
     assert ours["accuracy"] == pytest.approx(1 - (alarms + misses) / len(labels))
+    assert (c := ours["confusion"])["true_positive"] == hits and c["false_positive"] == alarms
     assert ours["f1_trivial"] == pytest.approx(sk.f1_score(labels, np.ones_like(labels)))
     # AUROC is the chance that a defective image outscores a good one
     bad, good = scores[labels == 1][:, None], scores[labels == 0][None]
@@ -69,3 +71,41 @@ def test_brightness_counts_tenths_of_a_grey_level_and_no_rounding():
     images[2:] += 1 / 255
     assert brightness(images).tolist() == [127.5, 127.5, 128.5, 128.5]
     assert brightness((images * 255).astype(np.uint8)).tolist() == [127, 127, 128, 128]
+
+
+def literal_aupro(masks, maps, limit=0.3) -> float:
+    """The definition, threshold by threshold."""
+    named = [ndimage.label(mask, np.ones((3, 3))) for mask in masks]
+    regions = [(i, names == k + 1) for i, (names, n) in enumerate(named) for k in range(n)]
+    points, area = [(0.0, 0.0)], 0.0
+    for cut in np.unique(maps)[::-1]:
+        above = maps >= cut
+        points.append((above[~masks].mean(), np.mean([above[i][r].mean() for i, r in regions])))
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 < min(x1, limit):
+            width = min(x1, limit) - x0
+            area += width * (y0 + (y1 - y0) / (x1 - x0) * width / 2)
+    return area / limit
+
+
+@pytest.mark.parametrize("levels", [2, 7, 1000])
+def test_aupro_is_its_definition(levels):
+    rng = np.random.default_rng(levels)
+    masks = rng.random((5, 9, 8)) < 0.2
+    masks[0] = False  # a good image
+    maps = (rng.integers(0, levels, masks.shape) + levels * masks // 3).astype(np.float32)
+    assert aupro(masks, maps) == pytest.approx(literal_aupro(masks, maps), abs=1e-12)
+
+
+def test_aupro_of_maps_whose_area_is_known():
+    masks = np.zeros((2, 10, 10), bool)
+    masks[0, [0, 1], [0, 1]] = masks[1, 2:4, 2:6] = True  # the first two touch at a corner
+    assert aupro(masks, 1.0 * masks) == pytest.approx(1)
+    assert aupro(masks, 0.0 * masks) == pytest.approx(0.15)  # a line from (0, 0) to (1, 1)
+    # One region whole and nothing of the other: a line from (0, 1/2) to (1, 1)
+    assert aupro(masks, masks * [[[1.0]], [[0.0]]]) == pytest.approx(0.5 + 0.15 / 2)
+
+
+def test_what_was_found_is_counted_by_kind():
+    counts = found(["b", "a", "good", "b"], np.array([True, False, True, True]))
+    assert str(counts) == "{'a': {'found': 0, 'images': 1}, 'b': {'found': 2, 'images': 2}}"

@@ -16,6 +16,7 @@ from PIL import Image
 from ganomaly import detector as detector_module
 from ganomaly import load
 from ganomaly.detector import Detector
+from ganomaly.runs.pictures import explained
 
 from .conftest import (
     ROOT,
@@ -116,6 +117,34 @@ def test_another_score_of_the_same_model(predict, parts, trained):
     recorded = [float(row["contextual"]) for row in read_csv(folder_of(trained) / "scores.csv")]
     assert code == 0 and [float(row["score"]) for row in rows] == pytest.approx(recorded, rel=1e-5)
     assert "comparator is none of" in refusal(predict(parts / "parts/test", "--score=comparator"))
+
+
+def test_a_page_has_the_most_anomalous_images_first(predict, parts, trained, tmp_path):
+    page = tmp_path / "page.html"
+    code, rows, err = predict(parts / "parts/test", "--report", page)
+    text = page.read_text()
+    assert code == 0 and f"page {page}" in err and text.count("data:image/jpeg;base64,") == 9
+    rows.sort(key=lambda row: -float(row["score"]))
+    places = [text.index(row["path"] + ": " + row["verdict"]) for row in rows]
+    assert (
+        places == sorted(places)
+        and "9 images: " in text
+        and f"p-value {rows[0]['p_value']}" in text
+    )
+    assert "--output" in refusal(predict(parts / "parts/test", "--report", tmp_path))
+
+
+def test_a_defective_image_has_heat_and_a_normal_one_may_have():
+    image, flat = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), -30.0)
+    flat[2, 2] = -2.0
+    for heat, defective, coloured in (
+        (flat, True, True), (flat, False, False), (flat + 4, False, True), (flat + 4, True, True),
+    ):  # fmt: skip
+        picture = np.asarray(explained(image, image, heat, defective)).astype(int)
+        assert picture[:, 512:].any() == coloured
+        assert (picture[:, 512:].max(2) > 0).mean() < 0.2
+    captioned = explained(image, image, flat, False, "normal: score 1")
+    assert np.asarray(captioned)[200:, 512:].any() and captioned.size == (768, 256)
 
 
 def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_path):
@@ -235,7 +264,8 @@ def test_an_output_spares_the_inputs(script, finished, parts, tmp_path, monkeypa
     words = ["predict", "--model", model, "--images", image, "--output"]
     for bad in (model, image, tmp_path):
         assert "--output" in refusal(script(*words, bad))
-    assert "is an input" in refusal(script("export", "--model", model, "--output", model))
+    same = shutil.copy(model, tmp_path / "same.pt2")
+    assert "is an input" in refusal(script("export", "--model", same, "--output", same))
     assert contents(finished) == before
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     assert "cannot be written" in refusal(script(*words, tmp_path / "closed" / "a.csv"))
@@ -278,7 +308,8 @@ def test_an_exported_program_says_the_same_without_this_repository(calibrated, t
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/export.py", *words], capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, "") and "45.5% of normal images" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "expected false alarms 45 %" in done.stdout
+    assert str(ROOT).encode() not in (tmp_path / "program.pt2").read_bytes()
     detector = load(calibrated, "cpu")
     detector.set_quantile(0.5)
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
@@ -302,3 +333,45 @@ def test_an_exported_program_says_the_same_without_this_repository(calibrated, t
 def test_a_plain_score_can_be_exported(script, finished):
     assert "latent scores" in printed(script("export", "--model", finished / "model.pt"))
     assert (finished / "model.pt2").is_file()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_says_the_same_without_torch(calibrated, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is optional")
+    pytest.importorskip("onnxscript", reason="onnxscript is optional")
+    words = ["--model", calibrated, "--output", tmp_path / "model.onnx"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/export.py", *words], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert str(ROOT).encode() not in (tmp_path / "model.onnx").read_bytes()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    detector = load(calibrated, "cpu")
+    for n in (1, 7):
+        images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+        names = ["scores", "heat_maps", "defective"]
+        *theirs, defective = session.run(names, {"images": images.numpy()})
+        for a, b in zip((detector(images).scores, detector.heat_maps(images)), theirs, strict=True):
+            assert a.shape == b.shape and abs(a.numpy() - b).max() <= 1e-4 * a.abs().max()
+        assert defective.tolist() == detector(images).defective.tolist()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_that_would_differ_is_not_written(script, finished, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is optional")
+    pytest.importorskip("onnxscript", reason="onnxscript is optional")
+    monkeypatch.setattr(Detector, "heat_maps", lambda _, images: images[:, 0].float())
+    words = ["export", "--model", finished / "model.pt", "--output", finished / "model.onnx"]
+    assert "name a .pt2 file" in refusal(script(*words))
+    assert not (finished / "model.onnx").exists()
+
+
+def test_export_refuses_another_suffix_and_missing_packages(script, tmp_path, monkeypatch):
+    words = ["export", "--model", tmp_path / "model.pt", "--output"]
+    line = refusal(script(*words, tmp_path / "model.bin"))
+    assert ".pt2" in line and ".onnx" in line
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = refusal(script(*words, tmp_path / "model.onnx"))
+    assert "needs onnx, onnxscript, onnxruntime: pip install" in line
+    assert not list(tmp_path.iterdir())

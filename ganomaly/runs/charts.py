@@ -16,7 +16,7 @@ LEFT, TOP, RIGHT, BOTTOM = 38, 22, 8, 22  # around it, for text
 BINS, COLUMNS = 40, 4
 COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#aa8800", "#66ccee", "#aa3377", "#888888", "#ee8866",
-    "#44bb99", "#994455",
+    "#44bb99", "#994455", "#8833dd",
 )  # fmt: skip
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.axis{stroke:#8888;fill:none}.seed{opacity:.3}"
@@ -39,22 +39,24 @@ def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> st
     )
 
 
-def axes(title: str, x_range: tuple, y_range: tuple = ()) -> str:
-    """The frame of a chart; the values at the ends of its axes."""
+def axes(title: str, names: tuple, x_range: tuple, y_range: tuple = ()) -> str:
+    """The frame of a chart; the names of its axes, the values at their ends."""
+    places = f'x="{W // 2}" y="{H + 15}"', f'x="{-H // 2}" y="-10" transform="rotate(-90)"'
+    named = [f'<text {at} text-anchor="middle">{name}</text>' for at, name in zip(places, names)]
     ends = zip((0, W), ("start", "end"), x_range)
     x = [f'<text x="{x}" y="{H + 15}" text-anchor="{end}">{v:.4g}</text>' for x, end, v in ends]
     y = [f'<text x="-6" y="{y}" text-anchor="end">{v:.2f}</text>' for y, v in zip((H, 12), y_range)]
     frame = f'<rect width="{W}" height="{H}" class="axis"/>'
-    return f'{frame}<text x="4" y="-6">{escape(title)}</text>{"".join(x + y)}'
+    return f'{frame}<text x="4" y="-6">{escape(title)}</text>{"".join(x + y + named)}'
 
 
-def line_chart(lines: list[tuple], title: str, low: float = 0.0, high: float = 1.0) -> str:
-    """lines: (x values, y values, attributes of the path); x from 0, y from low to high."""
+def line_chart(lines: list[tuple], title: str, names: tuple[str, str], low: float = 0.0) -> str:
+    """lines: (x values, y values, attributes of the path); x from 0, y from low to 1."""
     last = max((float(max(x)) for x, *_ in lines), default=1) or 1
-    out = [axes(title, (0, last), (low, high))]
+    out = [axes(title, names, (0, last), (low, 1))]
     for x_values, y_values, attributes in lines:
         points = zip(x_values, y_values)
-        at = (f"{x / last * W:.1f},{H - (y - low) / (high - low) * H:.1f}" for x, y in points)
+        at = (f"{x / last * W:.1f},{H - (y - low) / (1 - low) * H:.1f}" for x, y in points)
         out.append(f'<path {attributes} d="M{" ".join(at)}"/>')
     return "".join(out)
 
@@ -64,7 +66,7 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     low = float(min(scores.min(), threshold))
     high = max(float(np.quantile(scores, 0.98)), threshold)
     span = (high - low) or 1.0
-    out = [axes(title, (low, high))]
+    out = [axes(title, ("score",), (low, high))]
     for label, kind in ((0, "good"), (1, "bad")):
         places = np.clip((scores[labels == label] - low) / span * BINS, 0, BINS - 1).astype(int)
         counts = np.bincount(places, minlength=BINS)
@@ -115,5 +117,5 @@ def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
             if steps:
                 lines.append((steps, means, f'stroke="{colour}" class="mean"'))
         low = min([0.5, *(int(value * 10) / 10 for value in values)])
-        charts.append(line_chart(lines, f"{category}, AUROC by step", low))
+        charts.append(line_chart(lines, category, ("step", "AUROC"), low))
     return svg(charts, COLUMNS, head, top=40 + 18 * -(-len(names) // per_row))

@@ -12,7 +12,7 @@ from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector
 from ganomaly.files import write_json
-from ganomaly.runs.results import FIGURES, LOOK_IMAGES
+from ganomaly.runs.results import EMPTY, LOOK_IMAGES
 from ganomaly.runs.run import Run
 from ganomaly.scoring import Outputs
 
@@ -32,9 +32,18 @@ def assess(
     run: Run, detector: Detector, category: Category, scores: dict[str, Tensor], training: dict
 ) -> dict:
     """Write scores.csv and metrics.json of scored test images. Returns the metrics."""
-    labels = category.test_labels
     run.write_scores(category, scores)
-    row = {
+    row = row_of(detector, category, scores, training)
+    write_json(run.path("metrics.json"), row)
+    return row
+
+
+def row_of(
+    detector: Detector, category: Category, scores: dict[str, Tensor], training: dict
+) -> dict:
+    """The metrics of scored test images."""
+    labels = category.test_labels
+    return {
         "category": category.name,
         "dataset": detector.config.dataset,
         "seed": detector.config.seed,
@@ -46,14 +55,12 @@ def assess(
         "n_test_defective": int(labels.sum()),
         **training,
     }
-    write_json(run.path("metrics.json"), row)
-    return row
 
 
 def figures(detector: Detector, category: Category, scores: dict) -> dict:
     """The evaluated figures, null where there are no test images."""
     config, threshold, labels = detector.config, detector.threshold, category.test_labels
-    nothing = {**dict.fromkeys(FIGURES), "threshold": threshold, "scores": dict.fromkeys(scores)}
+    nothing = {**EMPTY, "threshold": threshold, "scores": dict.fromkeys(scores)}
     if not len(labels):
         return nothing
     cap = max(CONTROL_LEAST, min(CONTROL_IMAGES, CONTROL_BYTES // (4 * category.test[0].numel())))
@@ -71,7 +78,8 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
             labels,
         ),
         "auroc_brightness_raw": brightness_raw,
-        "pixel_auroc": pixel_auroc(detector, category),
+        "found": metrics.found(category.test_defects, arrays[config.score] > threshold),
+        **pixel_figures(detector, category),
         "scores": {name: metrics.auroc(labels, values) for name, values in arrays.items()},
     }
 
@@ -86,17 +94,18 @@ def as_seen_by_network(pixels: Tensor, scale: float | None) -> np.ndarray:
     return (to_input(pixels, torch.device("cpu"), scale) / 2 + 0.5).numpy()
 
 
-def pixel_auroc(detector: Detector, category: Category) -> float | None:
-    """AUROC of the heat maps over all test pixels, at the network's size; None without masks."""
+def pixel_figures(detector: Detector, category: Category) -> dict[str, float]:
+    """AUROC and AUPRO of the heat maps, at the network's size; empty without masks."""
     masks = category.test_masks
     if masks is None:
-        return None
+        return {}
     if not masks.any():
         message = "no pixel of any mask is defective at this image size"
         print(f"note: {category.name}: {message}, so no figures of pixels", file=sys.stderr)
-        return None
-    heat = detector.heat_maps(category.test)
-    return metrics.auroc(masks.numpy().ravel(), heat.numpy().ravel())
+        return {}
+    masks, heat = masks.numpy(), detector.heat_maps(category.test).numpy()
+    auroc = metrics.auroc(masks.ravel(), heat.ravel())
+    return {"pixel_auroc": auroc, "aupro": metrics.aupro(masks, heat)}
 
 
 def look(

@@ -137,7 +137,9 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
             "images_per_second": round(trained.images_per_second, 1),
             "provenance": origin,
         }
-        return evaluation.assess(run, detector, category, scores, training)
+        metrics = evaluation.assess(run, detector, category, scores, training)
+        run.path("last.pt").unlink(missing_ok=True)  # a kill before this line costs only its space
+        return metrics
     except KeyboardInterrupt:
         message = "the same command, without --force, goes on from the last checkpoint"
         raise KeyboardInterrupt(message) from None
@@ -157,10 +159,11 @@ def start_line(config: Config, category: data.Category, setting: Setting) -> str
     )
 
 
-def evaluate_again(run: Run, setting: Setting) -> dict:
+def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict:
     """Score the images of a finished run with its model.pt; rewrites scores.csv and metrics.json.
 
-    UserError where its training images are others now.
+    With another score than the run's, nothing is written. UserError where its training images are
+    others now.
     """
     before = run.metrics()
     detector = load_detector(run.path("model.pt"), setting.device)
@@ -175,6 +178,9 @@ def evaluate_again(run: Run, setting: Setting) -> dict:
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
     scores = evaluation.test_scores(detector, category)
+    if score not in (None, config.score):
+        detector.set_quantile(config.quantile, score)
+        return evaluation.row_of(detector, category, scores, training)
     metrics = evaluation.assess(run, detector, category, scores, training)
     if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
         run.path("curve.csv").unlink(missing_ok=True)

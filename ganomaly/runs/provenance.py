@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ganomaly import __version__
 from ganomaly.config import ROOT, Config
 
 # A change of these modules is not a change of code: a run's values are compared by its config.json
@@ -21,6 +22,7 @@ NOT_COMPUTING = ("__init__.py", "cli.py", "config.py", "errors.py", "files.py")
 def provenance(device: torch.device, config: Config) -> dict:
     """Where a run's figures came from; no path of the machine is among it."""
     return {
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -6,7 +6,9 @@ images on which the run errs most. The page says what was not at hand.
 """
 
 import base64
+import contextlib
 import csv
+import os
 from html import escape
 from pathlib import Path
 
@@ -15,14 +17,14 @@ import torch
 from sklearn.metrics import roc_curve
 
 from ganomaly import data
-from ganomaly.detector import load_detector
+from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_output
-from ganomaly.images import read_images
+from ganomaly.images import read_image, read_images
 from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
-from ganomaly.runs.results import Page, Table
+from ganomaly.runs.results import Page, Table, verdicts_table
 from ganomaly.runs.run import run_folder
 
 ERRORS = 6  # images of each kind
@@ -42,6 +44,16 @@ rect.good{fill:#2b6cb0aa}rect.bad{fill:#c2410caa}path.good{stroke:#2b6cb0}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
 .pictures img{width:100%}
 """
+HEAD = (
+    "<!doctype html><html lang=en><meta charset=utf-8>"
+    '<meta name=viewport content="width=device-width,initial-scale=1">'
+    f"<title>{{title}}</title><style>{STYLE.replace('{', '{{').replace('}', '}}')}</style>"
+)
+HEAT = (
+    "Each picture shows the image, its reconstruction, and the image under a heat map. The map has "
+    "no colour up to the mean peak of good images. It is red from five standard deviations above. "
+    "The verdict is by the score. So an image can have a warm spot and be normal."
+)
 
 
 def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:
@@ -49,12 +61,10 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
     missing: list[str] = []  # sentences on what could not be shown
     results = read_results(folder)
     runs = [m for m in results.runs if m["auroc"] is not None]
-    out = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width,initial-scale=1">',
-        f"<title>{escape(folder.name)}</title><style>{STYLE}</style>",
-        *blocks(page_of(folder, results)),
-    ]
+    page = page_of(folder, results)
+    if (table := verdicts_table(runs)).rows:
+        page += ["Test images called defective, at the threshold:", table]
+    out = [HEAD.format(title=escape(folder.name)), *blocks(page)]
     if results.curves:
         picture = charts.curves_svg(folder.name, results.curves).encode()
         out.append(
@@ -69,7 +79,8 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
             missing.append(f"Charts of {category}: {error}; make evaluate writes scores.csv.")
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
-    with locked(folder, wait=True):
+    own = os.access(folder, os.W_OK)  # of a folder that is read-only the page goes elsewhere
+    with locked(folder, wait=True) if own else contextlib.nullcontext():
         write_output(output, "\n".join(out) + "\n")
 
 
@@ -101,7 +112,8 @@ def section(
     drawn = [
         (charts.histogram(labels, scores, m["threshold"], title),
          "Test images by score, good (blue) and defective (red); the threshold dashed"),
-        (charts.line_chart(lines, f"ROC, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+        (charts.line_chart(lines, f"ROC, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+                           ("false positive rate", "true positive rate")),
          f"True positive rate by false positive rate; AUROC {mean:.3f}"),
     ]  # fmt: skip
     out = [f"<h2>{escape(category)}</h2><div class=charts>"]
@@ -117,14 +129,35 @@ def section(
         missing.append(f"The images on which {category} errs: {error}.")
         return out
     title = "The good images with the highest scores, the defective ones with the lowest"
-    out.append(f"<h3>{title}</h3><div class=pictures>")
+    out.append(f"<h3>{title}</h3><p>{HEAT}<div class=pictures>")
     for i, image in zip(good + bad, images):
         verdict = "defective" if scores[i] > m["threshold"] else "normal"
-        out.append(
-            f'<figure><img alt="image, reconstruction, heat map" src="{inline(image)}"><figcaption>'
-            f"{escape(names[i])}: {scores[i]:.4g}, called {verdict}</figcaption></figure>"
-        )
+        out.append(figure(image, f"{names[i]}: {scores[i]:.4g}, called {verdict}"))
     return [*out, "</div>"]
+
+
+def figure(image: bytes, caption: str, kind: str = "png") -> str:
+    alt = "image, reconstruction, heat map"
+    picture = f'<img alt="{alt}" src="{inline(image, kind)}">' if image else ""
+    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def write_verdicts(output: Path, detector: Detector, rows: list[list[str]], text: str) -> None:
+    """Write a page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
+    out = [HEAD.format(title="Verdicts"), f"<h1>Verdicts</h1><p>{escape(text)}"]
+    out.append(f"<p>The {len(rows)} most anomalous images. {HEAT}<div class=pictures>")
+    config, white = detector.config, detector.kind.full_scale
+    for path, score, threshold, verdict, p_value in rows:
+        sides = (config.image_size, pictures.SIDE)
+        small, large = (read_image(path, side, config.channels, white) for side in sides)
+        image = b""
+        if not isinstance(small, str) and not isinstance(large, str):
+            verdicts, x_hat, heat = detector.explain(torch.from_numpy(small[0])[None])
+            parts = torch.from_numpy(large[0]), x_hat[0], heat[0], verdicts.defective[0]
+            image = pictures.encoded(pictures.explained(*parts), "jpeg")
+        caption = f"{path}: {verdict}, score {float(score):.4g} (threshold {float(threshold):.4g}),"
+        out.append(figure(image, f"{caption} p-value {p_value}", "jpeg"))
+    write_output(output, "\n".join([*out, "</div>"]) + "\n")
 
 
 def explained_images(
@@ -151,7 +184,7 @@ def explained_images(
         shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
     verdicts, x_hats, heats = detector.explain(pixels)
     parts = zip(shown, x_hats, heats, verdicts.defective)
-    return [pictures.png(pictures.explained(*part)) for part in parts]
+    return [pictures.encoded(pictures.explained(*part)) for part in parts]
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ ALWAYS = (  # of a run that was evaluated
     "auroc", "average_precision", "f1", "precision", "recall", "accuracy", "f1_max", "f1_trivial",
     "auroc_brightness", "auroc_mean_distance", "auroc_pca",
 )  # fmt: skip
-FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc", "auroc_nearest")
+FIGURES = (*ALWAYS, "auroc_brightness_raw", "pixel_auroc", "auroc_nearest", "aupro")
+EMPTY = dict.fromkeys((*FIGURES, "confusion", "found"))  # of a run without test images
 COUNTS = ("n_train", "n_calibration", "n_test_good", "n_test_defective")
 TIMES = ("train_seconds", "images_per_second")
-METRICS = {  # an older run may lack the figures that are not ALWAYS there
+METRICS = {  # an older run may lack what is not ALWAYS there
     "category", "dataset", "score", "seed", "threshold", "scores", "provenance",
     *ALWAYS, *COUNTS, *TIMES,
 }  # fmt: skip
@@ -27,6 +29,13 @@ PROVENANCE = ("python", "torch", "device", "cpu", "threads", "commit", "command"
 
 ORACLE, REFERENCE = "auroc_best_checkpoint", "auroc_reference"  # of results.md only
 LOOK_IMAGES = 1000  # images of a kind that a look at a checkpoint scores
+CONTROLS = {
+    "AUROC of brightness": "auroc_brightness",
+    "of brightness before normalisation": "auroc_brightness_raw",
+    "of distance to the mean image": "auroc_mean_distance",
+    "of PCA-40 residual": "auroc_pca",
+    "of distance to the nearest training image": "auroc_nearest",
+}
 # The columns of results.md; those without a value are left out
 COLUMNS = {
     "AUROC": "auroc",
@@ -36,11 +45,8 @@ COLUMNS = {
     "F1, all called defective": "f1_trivial",
     "AUROC of the best checkpoint (oracle)": ORACLE,
     "pixel AUROC": "pixel_auroc",
-    "AUROC of brightness": "auroc_brightness",
-    "of brightness before normalisation": "auroc_brightness_raw",
-    "of distance to the mean image": "auroc_mean_distance",
-    "of PCA-40 residual": "auroc_pca",
-    "of distance to the nearest training image": "auroc_nearest",
+    "pixel AUPRO (0.3)": "aupro",
+    **CONTROLS,
 }
 
 
@@ -135,7 +141,8 @@ def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
     """A row a run; then the means, where the runs are of one recipe."""
     rows = [flat(run) for run in runs]
     columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
-    columns += [*FIGURES[2:], *score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
+    columns += [k for k in FIGURES[2:] if k != "aupro" or any(row[k] is not None for row in rows)]
+    columns += [*score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
     means = mean_rows(rows) if one_recipe else []
     return csv_text(columns, [[row.get(column) for column in columns] for row in rows + means])
 
@@ -197,41 +204,67 @@ def table(columns: dict[str, str], rows: list[dict], published: dict | None = No
     return Table(["category", *columns, *(published or {})], lines)
 
 
+def verdicts_of(m: dict) -> dict[str, str]:
+    """How many test images are called defective, as "n of N"; empty for an older run."""
+    if m["confusion"] is None:
+        return {}
+    return {
+        "good: false alarms": f"{m['confusion']['false_positive']} of {m['n_test_good']}",
+        "defective: found": f"{m['confusion']['true_positive']} of {m['n_test_defective']}",
+        **{kind: f"{n['found']} of {n['images']}" for kind, n in m["found"].items()},
+    }
+
+
+def verdicts_table(runs: list[dict]) -> Table:
+    """verdicts_of as a table: a row a category and kind of image, a column a seed."""
+    seeds, cells = sorted({m["seed"] for m in runs}), {}
+    for m in runs:
+        for kind, text in verdicts_of(m).items():
+            cells.setdefault((m["category"], kind), {})[m["seed"]] = text
+    rows = [[*names, *(row.get(seed, "") for seed in seeds)] for names, row in cells.items()]
+    return Table(["category", "test images", *(f"seed {seed}" for seed in seeds)], rows)
+
+
 def promise(n: int, quantile: float) -> str:
     """The false alarms to expect with n held-out images, beside those asked for if they differ."""
-    text = (
-        f"expected false alarms {100 * share_above(n, quantile):.2g} % (from {n} held-out images)"
-    )
+    share, asked = 100 * share_above(n, quantile), 100 * (1 - quantile)
+    text = f"expected false alarms {share:.2g} % (from {n} held-out images)"
     needed = math.ceil(round(quantile / (1 - quantile), 6))
     if n < needed:
-        text += f"; {100 * (1 - quantile):.2g} % was asked for, which needs {needed} images"
+        text += f"; {asked:.2g} % was asked for, which needs {needed} images"
     return text
+
+
+def listed(figures: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
 
 
 def summary(m: dict, quantile: float) -> str:
     """The results of one run, for a terminal."""
+    head = "there is no test/, so nothing could be evaluated"
     n = m["n_calibration"]
-    head = f"{m['category']} seed {m['seed']}: {m['n_train']} images trained on, {n} to calibrate"
-    above = f"{share_above(n, quantile):.1%} of good images are expected above it"
-    if m["auroc"] is None:
-        threshold = f"threshold {m['threshold']:.6g} of score {m['score']}: {above}"
-        return f"{head}\n  {threshold}\n  there is no test/, so nothing could be evaluated"
-    more = {
-        "AUROC of pixels": m["pixel_auroc"],
-        "of brightness before normalisation": m["auroc_brightness_raw"],
-        "of distance to the nearest training image": m["auroc_nearest"],
-    }
-    extra = ", ".join(f"{name} {v:.4f}" for name, v in more.items() if v is not None)
     lines = {
-        "AUROC": "{auroc:.4f} ({score}), average precision {average_precision:.4f}",
-        "verdicts": "F1 {f1:.4f}, precision {precision:.4f}, recall {recall:.4f}, accuracy "
-        "{accuracy:.4f}",
-        "threshold": "{threshold:.6g}: " + above,
-        "beside": "F1-max {f1_max:.4f} (an oracle), F1 of calling all defective {f1_trivial:.4f}",
-        "controls": "AUROC of brightness {auroc_brightness:.4f}, of distance to the mean image "
-        "{auroc_mean_distance:.4f}, of PCA-40 {auroc_pca:.4f}",
-        "and": extra,
-        "scores": "AUROC " + "  ".join(f"{name} {v:.4f}" for name, v in m["scores"].items()),
+        "images": f"{m['n_train']} trained on, {n} to calibrate, "
+        f"{m['n_test_good']} good and {m['n_test_defective']} defective tested",
+        "threshold": f"{m['threshold']:.6g} of {m['score']}: {promise(n, quantile)}",
     }
-    head += f", {m['n_test_good']} good and {m['n_test_defective']} defective tested"
-    return "\n".join([head, *(f"  {k:<9} {v.format_map(m)}" for k, v in lines.items() if v)])
+    if m["auroc"] is not None:
+        head = "AUROC {auroc:.3f} ({score}), average precision {average_precision:.3f}".format(**m)
+        (_, alarms), (_, hits), *kinds = verdicts_of(m).items()
+        simple = {"PCA-40": m["auroc_pca"], "the nearest training image": m["auroc_nearest"]}
+        best, most = max(simple.items(), key=lambda item: item[1])
+        better = f"a simpler method is better here: {best} {most:.3f}, this score {m['auroc']:.3f}"
+        lines |= {
+            "verdicts": f"found {hits} defective, false alarms {alarms} good",
+            "by kind": ", ".join(map(" ".join, kinds)) if len(kinds) > 1 else "",
+            "rates": listed({k: m[k.lower()] for k in ("F1", "precision", "recall", "accuracy")}),
+            "reference": f"best possible F1 {m['f1_max']:.3f} (chosen with the labels), "
+            f"F1 of calling all defective {m['f1_trivial']:.3f}",
+            "pixels": listed({"AUROC": m["pixel_auroc"], "AUPRO": m["aupro"]}),
+            "controls": listed({title: m[key] for title, key in CONTROLS.items()}),
+            "note": better if round(most, 3) > round(m["auroc"], 3) else "",
+            "scores": "AUROC of " + listed(m["scores"]),
+        }
+    head = f"{m['category']} seed {m['seed']}: {head}"
+    wrap = textwrap.TextWrapper(100, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return "\n".join([head, *(wrap.fill(f"  {k:<9} {v}") for k, v in lines.items() if v)])

@@ -1,7 +1,7 @@
 """One run's folder, experiments/<name>/<category>/seed<seed>/, and what train() records there.
 
 Every file but the log and TensorBoard's is whole or not there. A run is finished when model.pt and
-metrics.json are both there; metrics.json is written last.
+metrics.json are both there; metrics.json is written last. Then last.pt is deleted.
 """
 
 import json
@@ -20,9 +20,9 @@ from ganomaly.config import Config
 from ganomaly.errors import UserError, flag
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs.charts import read_curve
-from ganomaly.runs.pictures import panel, png
+from ganomaly.runs.pictures import encoded, panel
 from ganomaly.runs.provenance import changed_code, code
-from ganomaly.runs.results import FIGURES, METRICS, csv_text
+from ganomaly.runs.results import EMPTY, METRICS, csv_text
 from ganomaly.scoring import Outputs
 from ganomaly.training import LOG_EVERY
 
@@ -91,7 +91,7 @@ class Run:
         pixels = (panel(o.x, o.x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
         image, scale = Image.fromarray(pixels), max(1, 64 // self.config.image_size)
         larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
-        write_atomic(self.path("samples.png"), png(larger))
+        write_atomic(self.path("samples.png"), encoded(larger))
 
 
 def read_metrics(path: Path) -> dict:
@@ -105,7 +105,7 @@ def read_metrics(path: Path) -> dict:
             f"{path}: not a complete metrics.json ({error}); remove it, and the command of that "
             "run makes it again"
         ) from None
-    return {**dict.fromkeys(FIGURES), **metrics}  # an older run may lack a newer figure
+    return {**EMPTY, **metrics}  # an older run may lack a newer figure
 
 
 class Recorder:
@@ -162,7 +162,7 @@ class Recorder:
             print(f"{done}, {text}, {speed}, {left / 60:.1f} min left", file=sys.stderr)
 
     def preview(self, step: int, networks: dict, scale: float | None) -> None:
-        """Adds a row to curve.csv, on which no choice depends; pictures for TensorBoard."""
+        """Adds a row to curve.csv, on which no choice depends; TensorBoard has more."""
         aurocs, o = self.look(networks, scale)
         if aurocs:
             path, names = self.run.path("curve.csv"), list(aurocs)
@@ -171,6 +171,8 @@ class Recorder:
             rows = [[s, *(f"{curve[name][s]:.6g}" for name in names)] for s in steps]
             rows.append([step, *(f"{value:.6g}" for value in aurocs.values())])
             write_atomic(path, csv_text(["step", *names], rows))
+        for name, value in aurocs.items():
+            self.board.add_scalar(f"auroc/{name}", value, step)
         self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
         self.board.add_histogram("latent/z", o.z, step)
         self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
