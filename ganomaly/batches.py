@@ -1,7 +1,5 @@
 """What a network sees: batches of images on the device, with or without their exposure."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

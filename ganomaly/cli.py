@@ -1,7 +1,5 @@
 """The command line that the scripts share: every Config field is a flag with dashes."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -6,8 +6,6 @@ with a piece of a normal image, a change of shade, or a flat colour. The idea is
 without rules for single categories.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

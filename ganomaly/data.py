@@ -4,8 +4,6 @@ load(config, ...) returns a Category of uint8 tensors, decoded once and kept in 
 from the folder name `good`, never from a sort order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -4,8 +4,6 @@ Networks are in eval mode and float32 here. The score of an image depends on thi
 other images it differs by rounding only, at most by 1e-5 of its size. Scoring changes no buffer.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

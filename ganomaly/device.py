@@ -1,7 +1,5 @@
 """Which device computes, with how many threads. It imports little, as predict waits for it."""
 
-from __future__ import annotations
-
 import os
 import warnings
 

@@ -1,7 +1,5 @@
 """Errors for users: one clear line and an exit code. Only our own bugs show a traceback."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Files that are whole or not there: written under another name, then renamed. Locks."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """Image files of any kind -> square uint8 pixels, decoded by threads."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

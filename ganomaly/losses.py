@@ -4,8 +4,6 @@ All take any floating type and return a float32 scalar (float64 for float64 inpu
 precision is too coarse for sums over thousands of pixels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

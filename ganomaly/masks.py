@@ -1,7 +1,5 @@
 """Masks of the defective pixels, drawn by people: which file is an image's, and what it says."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

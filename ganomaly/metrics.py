@@ -3,8 +3,6 @@
 Labels are 0 normal, 1 defective; a higher score means more anomalous.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

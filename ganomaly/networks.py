@@ -5,8 +5,6 @@ decoder, no biases in convolutions. The comparator is not in the paper. Every ne
 Config; S is its image_size.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

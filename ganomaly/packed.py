@@ -4,8 +4,6 @@ PyTorch changes the layout at every call. For one image and a deep layer that ta
 long as the convolution. The operators are those that torch.compile emits for a CPU.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

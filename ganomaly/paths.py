@@ -1,7 +1,5 @@
 """Which files are images: in a folder, of a pattern, in a list."""
 
-from __future__ import annotations
-
 import glob
 import os
 import sys

@@ -5,8 +5,6 @@ At 64 pixels an H100 takes 2.3 ms to compute a step, and Python 7.8 ms to launch
 Not every GPU has been tried, so each recording is compared with the step before it is used.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ FITTED_SCORES if it needs statistics of normal images. A new field of Statistics
 so that older models can be read.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -121,7 +119,7 @@ class Raw:
     scores: dict[str, Tensor]  # name -> (N,) float32
     gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
-    def __getitem__(self, index: Tensor) -> Raw:
+    def __getitem__(self, index: Tensor) -> "Raw":
         return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
 
 

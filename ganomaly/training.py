@@ -3,8 +3,6 @@
 It knows nothing of folders: `recorder` keeps log records and checkpoints, and shows progress.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

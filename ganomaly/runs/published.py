@@ -4,8 +4,6 @@ results.md shows those of GANomaly. No source states its protocol whole. What th
 from our protocol.
 """
 
-from __future__ import annotations
-
 from ganomaly import data
 
 
