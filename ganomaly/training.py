@@ -38,10 +38,10 @@ class Trained:
 def train(config: Config, images: Tensor, device: torch.device, recorder) -> Trained:
     """Train on normal images (N, C, S, S) in uint8 for config.steps steps.
 
-    recorder.load() returns the checkpoint to go on from, or None. recorder.skip(steps) is told how
-    many steps it has done. Every LOG_EVERY steps recorder.log(record) takes the mean losses since
-    the last record. recorder.preview(step, networks, scale) may look at the networks before each
-    recorder.save(state). recorder.progress is a tqdm.
+    recorder.load() returns the checkpoint to go on from, or None. Every LOG_EVERY steps
+    recorder.log(record) takes the mean losses since the last record. recorder.preview(step,
+    networks, scale) may look at the networks before each recorder.save(state). recorder.progress is
+    a tqdm.
 
     UserError where the checkpoint is of other images, other code or another kind of device, and
     where a loss or a weight is not finite. The last checkpoint stays.
@@ -103,7 +103,6 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                 f"{flag('--force')} starts anew{reason_of(error)}"
             ) from None
         step, seconds = state["step"], state["seconds"]
-        recorder.skip(step)
     pairs = [pair for name in averages for pair in float_tensors(averages[name], networks[name])]
     averaged, latest = map(list, zip(*pairs))
 

@@ -73,9 +73,6 @@ class Memory:
     def preview(self, step, networks, scale):
         pass
 
-    def skip(self, steps):
-        self.skipped = steps
-
 
 def weights(trained) -> list[torch.Tensor]:
     return [v for network in trained.networks.values() for v in network.state_dict().values()]

@@ -197,6 +197,12 @@ def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
     assert "eaDir" not in err and "MACOSX" not in err
 
 
+def test_a_link_gives_its_own_name(tmp_path, said):
+    draw_category(tmp_path / "parts")
+    (tmp_path / "linked").symlink_to(tmp_path / "parts")
+    assert said(tmp_path / "linked", category=None)[0].name == "linked"
+
+
 def test_other_suffixes_and_linked_folders_are_scored(tmp_path, trained, parts, script):
     good = parts / "parts" / "test" / "good"
     (tmp_path / "new").mkdir()

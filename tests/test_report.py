@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -50,6 +51,16 @@ def written(script, root, *more) -> Page:
     words = ["--experiments-dir", root / "runs", "--experiment", "mine", *more]
     printed(script("report", *words))
     return Page((root / "runs" / "mine" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_read_only_experiment_is_reported_elsewhere(script, finished, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(tmp_path / "local")
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "linked")
+    (tmp_path / "local" / ".lock").unlink(missing_ok=True)
+    words = ["--experiments-dir", tmp_path, "--experiment", "linked", "--output"]
+    printed(script("report", *words, tmp_path / "page.html"))
+    assert not (tmp_path / "local" / ".lock").exists()
+    assert "<title>linked<" in (tmp_path / "page.html").read_text()  # not its target's name
 
 
 def test_the_page_shows_the_errors_and_needs_nothing_else(script, experiment):

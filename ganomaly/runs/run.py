@@ -131,6 +131,7 @@ class Recorder:
         step = state["step"] if state else 0
         if step:
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
+            skip(self.progress, step)
         log = self.run.path("log.jsonl")
         lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
         write_atomic(log, "".join(lines[: step // LOG_EVERY]))
@@ -140,9 +141,6 @@ class Recorder:
 
     def save(self, state: dict) -> None:
         write_torch(self.run.path("last.pt"), {**state, "code": code()})
-
-    def skip(self, steps: int) -> None:
-        skip(self.progress, steps)
 
     def log(self, record: dict) -> None:
         step = record["step"]
