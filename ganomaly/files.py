@@ -9,6 +9,7 @@ import secrets
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -30,12 +31,17 @@ def locked(folder: Path, wait: bool = False):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
-        try:
-            with path_in_error(folder / LOCK):
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise Busy(f"{folder}: another process is at work on this run") from None
+        lock(file, f"{folder}: another process is at work on this run", wait)
         yield
+
+
+def lock(file: IO, message: str, wait: bool = False) -> None:
+    """Lock an open file until it is closed. Busy with the message if another process has it."""
+    try:
+        with path_in_error(Path(file.name)):
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise Busy(message) from None
 
 
 @contextlib.contextmanager

@@ -43,10 +43,10 @@ def main(argv=None) -> int:
     before, old = detector(images).defective, detector.threshold
     detector.calibrate(images)
     write_torch(Path(os.path.realpath(output)), detector.state())
-    n, score = len(paths), detector.config.score
+    n, now = len(paths), int((detector.normal > detector.threshold).sum())
     print(f"before: {int(before.sum())} of these {n} images are above the threshold {old:.6g}")
-    print(f"now: threshold {detector.threshold:.6g} of score {score}, "
-          f"{promise(n, detector.config.quantile)}")  # fmt: skip
+    print(f"now: {now} of them are above the threshold {detector.threshold:.6g}")
+    print(f"score {detector.config.score}: {promise(n, detector.config.quantile)}")
     print(f"written {output}")
     return 0
 

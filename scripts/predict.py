@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,7 +28,7 @@ from ganomaly import cli
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
-from ganomaly.files import check_output, path_in_error, write_atomic
+from ganomaly.files import check_output, lock, path_in_error, write_atomic
 from ganomaly.images import Notes, decode, read_image
 from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
@@ -109,31 +110,32 @@ def open_rows(args, items: list[Item], detector: Detector):
     else:
         output = Path(os.path.realpath(args.output))  # a link stays a link
         part = output.with_name(f"{output.name}.part")
-        done = rows_before(part, items, detector, args.heatmaps)
-        if done:
-            print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
-        write_atomic(part, csv_text(HEADER, done))
-        try:
-            with path_in_error(part), open(part, "a", **TEXT) as file:
+        with path_in_error(part), open(part, "a+", **TEXT) as file:
+            lock(file, f"{part}: another process is writing to this file")
+            done = rows_before(file, items, detector, args.heatmaps)
+            if done:
+                print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
+            file.truncate(0)
+            file.write(csv_text(HEADER, done))
+            try:
                 yield file, done
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
-        os.replace(part, output)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
+            os.replace(part, output)
 
 
-def rows_before(part: Path, items: list[Item], detector: Detector, heatmaps: Path | None) -> list:
+def rows_before(file: IO, items: list[Item], detector: Detector, heatmaps: Path | None) -> list:
     """The rows that an interrupted run of the same command has written.
 
     They end where an image has changed since. The last row may be cut. Only whole batches count,
     as the last digits of a score depend on the other images of its batch.
     """
+    since, n = os.fstat(file.fileno()).st_mtime, 0
+    file.seek(0)
     try:
-        since = part.stat().st_mtime
-        with open(part, **TEXT) as file:
-            rows = list(csv.reader(file))[1:-1]
-    except (FileNotFoundError, csv.Error):
+        rows = list(csv.reader(file))[1:-1]
+    except csv.Error:
         return []
-    n = 0
     for (path, name), row in zip(items, rows):
         if len(row) != len(HEADER) or [row[0], row[2]] != [path, f"{detector.threshold:.9g}"]:
             break

@@ -1,6 +1,7 @@
 """predict.py and export.py, and what --output may be."""
 
 import csv
+import fcntl
 import io
 import os
 import shutil
@@ -104,6 +105,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     code, _, err = some(9)
     assert (code, sum(scored)) == (0, 5) and "going on after 4 of 9 images" in err
     assert out.read_bytes() == whole and not part.exists() and len(list(heat.rglob("*.png"))) == 9
+    with open(part, "a") as other:  # another process writes there
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process is writing" in refusal(some(9))
     some(3)  # a finished run starts anew
     (heat / "a_bar" / "002.png").unlink()
     assert some(9)[0] == 0 and sum(scored) == 7
@@ -156,7 +160,7 @@ def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_pat
     model, before = load(output, "cpu"), load(calibrated, "cpu")
     assert len(model.normal) == 20 and model.config.score == "contextual"
     assert model.threshold == float(model.normal[-1]) != before.threshold
-    assert "of these 20 images are above the threshold" in out
+    assert "of these 20 images are above the threshold" in out and "now: 0 of them are" in out
     assert "4.8 % (from 20 held-out images); 3 % was asked for, which needs 33 images" in out
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(model.scores(images)["latent"], before.scores(images)["latent"])
