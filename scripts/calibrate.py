@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     write_torch(Path(os.path.realpath(output)), detector.state())
     n, now = len(paths), int((detector.normal > detector.threshold).sum())
     print(f"before: {int(before.sum())} of these {n} images are above the threshold {old:.6g}")
-    print(f"now: {now} of them are above the threshold {detector.threshold:.6g}")
+    print(f"now: {now} of these {n} images are above the threshold {detector.threshold:.6g}")
     print(f"score {detector.config.score}: {promise(n, detector.config.quantile)}")
     print(f"written {output}")
     return 0

@@ -160,7 +160,7 @@ def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_pat
     model, before = load(output, "cpu"), load(calibrated, "cpu")
     assert len(model.normal) == 20 and model.config.score == "contextual"
     assert model.threshold == float(model.normal[-1]) != before.threshold
-    assert "of these 20 images are above the threshold" in out and "now: 0 of them are" in out
+    assert "of these 20 images are above the threshold" in out and "now: 0 of these" in out
     assert "4.8 % (from 20 held-out images); 3 % was asked for, which needs 33 images" in out
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(model.scores(images)["latent"], before.scores(images)["latent"])
