@@ -64,7 +64,7 @@ ablate: $(READY) ## what each part of a recipe is worth: RECIPE= CATEGORIES= SEE
 evaluate: $(READY) ## score a finished run again: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED=
 	@$(PYTHON) scripts/evaluate.py $(which) $(place)
 
-predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder" OUTPUT=file.csv HEATMAPS=folder REPORT=page.html
+predict: $(READY) ## score images: MODEL=.../model.pt IMAGES="file folder 'with space'" OUTPUT=file.csv HEATMAPS=folder REPORT=page.html
 	@set -f; $(PYTHON) scripts/predict.py $(call flag,MODEL,--model) $(call flags,IMAGES,--images) \
 		$(call flag,OUTPUT,--output) $(call flag,HEATMAPS,--heatmaps) $(call flag,REPORT,--report) \
 		$(call flag,DEVICE,--device) $(ARGS)

@@ -115,13 +115,22 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
     return args.categories or ([args.category] if args.category else None)
 
 
+def model_file(text: str) -> Path:
+    """A model's file. A run's folder stands for its model.pt."""
+    return Path(text) / "model.pt" if Path(text).is_dir() else Path(text)
+
+
+def quantile(text: str) -> float:
+    return checked(FIELDS["quantile"], float(text))
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The model's file; its score and its threshold's quantile, see detector_of()."""
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="FILE", help="a run's model.pt"
+        "--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt"
     )
     parser.add_argument(
-        "--quantile", type=lambda text: checked(FIELDS["quantile"], float(text)), metavar="FLOAT",
+        "--quantile", type=quantile, metavar="FLOAT",
         help="share of normal images under the threshold [as trained]",
     )  # fmt: skip
     parser.add_argument("--score", choices=SCORES, metavar="NAME", help="[the model's own]")

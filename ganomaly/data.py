@@ -107,6 +107,8 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     hint = HINTS[config.dataset]
     if is_category(root):
         hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
+    elif named := ", ".join(sorted(path.name for path in folder.glob("train/*"))[:5]):
+        hint = f"train/ has {named} there; the folder of the good images has to be named good"
     elif there := categories_in(root):
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
@@ -208,8 +210,9 @@ def load_folder(config: Config, root: Path) -> Category:
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
-            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; "
-            "add some, or take test/ away to train and calibrate only"
+            f"{folder / 'test'}: images are needed in test/good and in test/<defect>, and are in "
+            f"{', '.join(sorted({name for _, name in test})) or 'none'}; add some, or take test/ "
+            "away to train and calibrate only"
         )
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
@@ -235,8 +238,12 @@ def load_folder(config: Config, root: Path) -> Category:
 
 
 def note_repeated(category: Category, normal: Tensor) -> None:
-    """Print how many test images are among the images of train/good (n, C, S, S)."""
+    """Print how many images are copies of others in train/good (n, C, S, S)."""
     known = {hash(image.tobytes()) for image in normal.numpy()}
+    if len(known) < len(normal):
+        counts = f"{len(normal) - len(known)} of {len(normal)} images of train/good are copies"
+        message = f"{counts} of others, so there will be more false alarms than expected"
+        print(f"note: {category.name}: {message}", file=sys.stderr)
     test = zip(category.test_paths, category.test.numpy())
     again = [path for path, image in test if hash(image.tobytes()) in known]
     if again:

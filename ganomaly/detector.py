@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -114,14 +115,18 @@ class Detector:
         self.threshold, above = scoring.threshold_at(self.normal, quantile)
         return above
 
-    def __call__(self, images: Tensor | str | Path | Sequence[str | Path]) -> Verdicts:
+    def __call__(self, images: Tensor | np.ndarray | str | Path | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.
 
         UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
             paths = [images] if isinstance(images, str | Path) else list(images)
+            if not all(isinstance(path, str | Path) for path in paths):
+                raise ValueError("images are paths of files, or one uint8 tensor (N, C, S, S)")
             images, facts = read_images(paths, c.image_size, c.channels, self.kind.full_scale)
             note_all(paths, facts, self.kind)
         if images.dtype != torch.uint8 or images.shape[1:] != (c.channels, *[c.image_size] * 2):

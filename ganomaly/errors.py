@@ -79,15 +79,15 @@ def open_streams() -> None:
     A closed stream becomes /dev/null, so that no other file takes its number. Every file name can
     be printed.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None and number == 0:
-            sys.stdin = open(os.devnull)
-        elif number and stream is getattr(sys, f"__{name}__"):  # pytest has others
+        if stream is getattr(sys, f"__{name}__"):  # pytest has others
             encoding = stream.encoding if stream else "utf-8"
             utf8 = encoding.lower().replace("-", "") == "utf8"
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))

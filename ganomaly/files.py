@@ -46,12 +46,12 @@ def lock(file: IO, message: str, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def path_in_error(path: Path):
-    """Put the path into an OSError without a file name, such as a failed write's."""
+    """Name this path in an OSError: a failed write names none, and an open its temporary file."""
     try:
         yield
     except OSError as error:
         if error.errno is not None:
-            error.filename = error.filename or str(path)
+            error.filename = str(path)  # not that of a temporary file
         raise
 
 
@@ -83,16 +83,16 @@ def write_output(path: Path, content: bytes | str) -> None:
         path.write_bytes(as_bytes(content))
 
 
-def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Make the folder of a file that a user named.
+def check_output(path: Path, inputs: Iterable[str | Path] = (), flag: str = "--output") -> None:
+    """Make the folder of a file that a user named by a flag.
 
     UserError where the file cannot be written, or where it is one of the inputs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--output {path}: cannot be written; name another file")
+        raise UserError(f"{flag} {path}: cannot be written; name another file")
     if path.exists() and any(os.path.exists(p) and path.samefile(p) for p in inputs):
-        raise UserError(f"--output {path}: is an input of this command; name another file")
+        raise UserError(f"{flag} {path}: is an input of this command; name another file")
 
 
 def write_torch(path: Path, state: dict) -> None:

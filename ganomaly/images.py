@@ -56,16 +56,24 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
         return levels
     if ";16" not in str(getattr(image, "tile", "")):
+        if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
+            raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
         return None
-    high = np.asarray(image).astype(np.int64)  # Pillow keeps one byte of each level
+    high = colours_of(image)  # Pillow keeps one byte of each level
     try:
         with Image.open(image.filename, formats=FORMATS) as other:
             other.tile = [(*tile[:3], swapped(tile[3])) for tile in other.tile]
-            return 256 * high + np.asarray(other)
+            return 256 * high + colours_of(other)
     except Exception:  # grey with alpha, or a compressed TIFF
-        if high.max() < 64:  # of a camera of 10 or 12 bits
-            raise ValueError("too few levels are left of 16 bits; save as PNG in colour") from None
+        if high.max() < 64:  # of a camera of 10 to 13 bits
+            message = "only 8 of its 16 bits can be read, too few for this camera; save as PNG"
+            raise ValueError(f"{message} without alpha") from None
         return 257 * high
+
+
+def colours_of(image: Image.Image) -> np.ndarray:
+    """The levels (h, w, 3) of a colour image, without those of an alpha channel."""
+    return np.asarray(image)[..., :3].astype(np.int64)
 
 
 def swapped(arguments: str | tuple) -> str | tuple:
@@ -106,6 +114,10 @@ def to_pixels(
         notes.append("have several pages, of which the first is read")
     levels = levels_of(image)
     image.load()
+    if levels is None and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns when such a palette goes straight to RGB
+    if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
+        notes.append("have transparent pixels; the colours under them count, though hidden")
     original = image
     if levels is not None:
         brightest, white = int(levels.max()), full_scale or FULL_SCALES[-1]
@@ -117,10 +129,6 @@ def to_pixels(
         image = ImageOps.exif_transpose(image)
     except Exception:  # damaged metadata raise errors of any kind
         notes.append("have damaged metadata and may lie on their side")
-    if "transparency" in image.info:  # Pillow warns when such a palette goes straight to RGB
-        image = image.convert("RGBA")
-    if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
-        notes.append("have transparent pixels, whose hidden colours count")
     few = image.resize((64, 64), Image.Resampling.NEAREST).convert("RGB")
     few = np.asarray(few.resize((8, 8), Image.Resampling.BOX)).astype(int)  # without noise
     colour = float(np.ptp(few, axis=2).mean())
@@ -198,7 +206,7 @@ class Notes:
     def add(self, path: str | Path, facts: Facts) -> None:
         kind, notes, self.n = self.kind, list(facts.notes), self.n + 1
         if facts.brightest and not kind.full_scale:
-            notes.append("have 16 bits, the training images have 8")
+            notes.append("have 16 bits, the training images have 8; 65535 is taken as white")
         elif facts.brightest > kind.full_scale:
             notes.append(f"are brighter than {kind.full_scale}, which is white since training")
         low, high = kind.colour or (facts.colour, facts.colour)

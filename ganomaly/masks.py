@@ -69,6 +69,12 @@ def load_masks(
         return None
     result = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
     result[defective] = torch.from_numpy(np.stack(read))
+    for words, chosen in (
+        ("more than half of the image; is their black the defect?", lambda mask: mask.mean() > 0.5),
+        (f"nothing at {image_size} px, as the defects are too thin", lambda mask: not mask.any()),
+    ):
+        if n := sum(map(chosen, read)):
+            print(f"note: {folder}: {n} of {len(read)} masks mark {words}", file=sys.stderr)
     return result
 
 
@@ -104,5 +110,6 @@ def mask_pixels(image: Image.Image) -> np.ndarray:
     if image.mode[-1] == "A" and not any(np.ptp(colour) for colour in colours):
         levels = alpha
     else:
-        levels = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
+        levels = np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB"))
+        levels = levels.max(2) if levels.ndim == 3 else levels
     return levels > 0 if len(np.unique(levels)) <= FEW_LEVELS else levels > levels.max() / 2

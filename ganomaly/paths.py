@@ -76,7 +76,10 @@ def find_images(text: str) -> list[Item]:
     """
     path = Path(text)
     if text == "-":
-        given = os.fsdecode(sys.stdin.buffer.read().removeprefix(b"\xef\xbb\xbf"))
+        given = sys.stdin.buffer.read()
+        if given.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError("--images -: this list is UTF-16; save it as UTF-8")
+        given = os.fsdecode(given.removeprefix(b"\xef\xbb\xbf"))
         if "\0" in given:
             raise UserError("--images -: takes a path a line, as find prints them without -print0")
         lines = [line.removesuffix("\r") for line in given.split("\n")]

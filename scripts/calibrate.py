@@ -36,14 +36,19 @@ def main(argv=None) -> int:
     detector.set_quantile(args.quantile or config.quantile, args.score)
     paths = [path for text in args.images for path, _ in find_images(text)]
     check_output(output, [args.model, *paths])
-    if len(paths) < MIN_CALIBRATION:
-        raise UserError(f"--images: {len(paths)} images; {MIN_CALIBRATION} are needed, 99 are good")
     images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)
     note_all(paths, facts, detector.kind)
+    distinct = {image.tobytes(): i for i, image in enumerate(images.numpy())}
+    if len(distinct) < len(paths):
+        images = images[sorted(distinct.values())]
+        print(f"note: {len(paths) - len(distinct)} copies of others are left out", file=sys.stderr)
+    n = len(images)
+    if n < MIN_CALIBRATION:
+        raise UserError(f"--images: {n} images; {MIN_CALIBRATION} are needed, 99 are good")
     before, old = detector(images).defective, detector.threshold
     detector.calibrate(images)
     write_torch(Path(os.path.realpath(output)), detector.state())
-    n, now = len(paths), int((detector.normal > detector.threshold).sum())
+    now = int((detector.normal > detector.threshold).sum())
     print(f"before: {int(before.sum())} of these {n} images are above the threshold {old:.6g}")
     print(f"now: {now} of these {n} images are above the threshold {detector.threshold:.6g}")
     print(f"score {detector.config.score}: {promise(n, detector.config.quantile)}")

@@ -59,7 +59,9 @@ def main(argv=None) -> int:
     if args.output:
         check_output(args.output, [args.model, *(path for path, _ in items)])
     if args.report:
-        check_output(args.report, [args.model, *(path for path, _ in items)])
+        check_output(args.report, [args.model, *(path for path, _ in items)], "--report")
+        if args.output and os.path.realpath(args.output) == os.path.realpath(args.report):
+            raise UserError(f"--report {args.report}: is the --output too; name another file")
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
@@ -112,7 +114,7 @@ def open_rows(args, items: list[Item], detector: Detector):
         part = output.with_name(f"{output.name}.part")
         with path_in_error(part), open(part, "a+", **TEXT) as file:
             lock(file, f"{part}: another process is writing to this file")
-            done = rows_before(file, items, detector, args.heatmaps)
+            done = rows_before(file, items, detector, args)
             if done:
                 print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
             file.truncate(0)
@@ -124,13 +126,15 @@ def open_rows(args, items: list[Item], detector: Detector):
             os.replace(part, output)
 
 
-def rows_before(file: IO, items: list[Item], detector: Detector, heatmaps: Path | None) -> list:
+def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
     """The rows that an interrupted run of the same command has written.
 
-    They end where an image has changed since. The last row may be cut. Only whole batches count,
-    as the last digits of a score depend on the other images of its batch.
+    None if the model has changed since. They end where an image has changed. The last row may be
+    cut. Only whole batches count, as the last digits of a score depend on the others of its batch.
     """
     since, n = os.fstat(file.fileno()).st_mtime, 0
+    if os.stat(args.model).st_ctime > since:
+        return []
     file.seek(0)
     try:
         rows = list(csv.reader(file))[1:-1]
@@ -141,7 +145,7 @@ def rows_before(file: IO, items: list[Item], detector: Detector, heatmaps: Path 
             break
         if os.path.exists(path) and os.stat(path).st_ctime > since:
             break
-        if heatmaps and row[1] and not heatmap_of(heatmaps, name).exists():
+        if args.heatmaps and row[1] and not heatmap_of(args.heatmaps, name).exists():
             break
         n += 1
     return rows[: n - n % detector.batch]

@@ -36,11 +36,11 @@ def every_image(folder):
     return sorted(folder.rglob("*.png"))
 
 
-def write_png16(path, levels: np.ndarray) -> None:
-    """A colour PNG of 16 bits, which Pillow cannot write."""
+def write_png16(path, levels: np.ndarray, kind: int = 2) -> None:
+    """A PNG of 16 bits, which Pillow cannot write: 2 colour, 6 with alpha, 4 grey with alpha."""
     height, width, _ = levels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     parts = [
         struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks
@@ -67,6 +67,19 @@ def test_a_camera_of_fewer_bits_is_read_at_its_full_range(tmp_path, said, bits, 
     for name in ("train", "calibration", "test"):
         difference = getattr(category, name).int() - getattr(expected, name).int()
         assert difference.abs().max() <= 1
+
+
+def test_an_opaque_alpha_channel_does_not_count_as_a_level(tmp_path):
+    levels = np.linspace(0, 4095, 40 * 40 * 4).reshape(40, 40, 4).astype(np.uint16)
+    write_png16(tmp_path / "a.png", levels[..., :3])
+    levels[..., 3] = 65_535
+    write_png16(tmp_path / "b.png", levels, kind=6)
+    (plain, facts), (alpha, same) = (
+        read_image(tmp_path / f, 32, 3, 4095) for f in ("a.png", "b.png")
+    )
+    assert facts == same and np.array_equal(plain, alpha) and facts.brightest <= 4095
+    write_png16(tmp_path / "c.png", levels[..., 2:], kind=4)
+    assert "too few for this camera; save as PNG" in read_image(tmp_path / "c.png", 32, 3)
 
 
 def test_a_model_keeps_the_range_and_tells_of_brighter_images(tmp_path, script):
@@ -129,6 +142,27 @@ def test_masks_are_found_and_mean_the_same(tmp_path, said, how):
     add_masks(root, **how)
     category, err = said(tmp_path)
     assert not err and (category.test_masks != expected).float().mean() < 0.02
+
+
+def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said):
+    root = draw_category(tmp_path / "parts", n_bad=2)
+    add_masks(root)
+    first, second = every_image(root / "ground_truth")
+    with Image.open(first) as mask:
+        Image.fromarray(255 - np.asarray(mask)).save(first)
+    thin = np.zeros((400, 400), np.uint8)
+    thin[7] = 1
+    Image.fromarray(np.stack([0 * thin, 0 * thin, thin], 2)).save(second)  # dark blue
+    _, err = said(tmp_path)
+    assert "1 of 2 masks mark more than half of the image; is their black the defect?" in err
+    assert "1 of 2 masks mark nothing at 32 px, as the defects are too thin" in err
+
+
+def test_copies_in_the_training_images_are_told(tmp_path, said):
+    root = draw_category(tmp_path / "parts")
+    for path in every_image(root / "train")[:3]:
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    assert "3 of 27 images of train/good are copies of others" in said(tmp_path)[1]
 
 
 def test_a_mask_in_the_alpha_channel_is_read(tmp_path, said):
@@ -237,7 +271,7 @@ def test_pages_alpha_copies_and_metadata_are_told(tmp_path, said):
     clear.save(first)
     category, err = said(tmp_path)
     assert "1 of 35 images have several pages, of which the first is read" in err
-    assert f"have transparent pixels, whose hidden colours count; the first: {first}" in err
+    assert f"the colours under them count, though hidden; the first: {first}" in err
     assert "1 of 10 test images are training images too; the first: test/good/copy.png" in err
 
 
@@ -258,6 +292,9 @@ def test_another_kind_of_image_is_told_once(tmp_path, trained, parts, capsys):
         wide = np.asarray(wide) * [1, 0.2, 0.2]
         Image.fromarray(wide.astype(np.uint8)).save(tmp_path / f"{i}.png")
     detector([*every_image(tmp_path), *test])
+    for other in (np.zeros((1, 3, 32, 32)), [np.zeros(3)], b"a.png"):
+        with pytest.raises(ValueError, match="images are"):
+            detector(other)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("note: 3 of 12 images") for line in lines)
     assert "are in colour, the training images are grey" in lines[0]
@@ -281,7 +318,7 @@ def test_a_name_at_the_limit_loses_no_verdict(tmp_path, trained, parts, script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closing", ("2>&-", ">&-", "<&-", "<&- >&- 2>&-"))
+@pytest.mark.parametrize("closing", ("2>&-", ">&-", "<&-", "<&- >&-", "<&- >&- 2>&-"))
 def test_closed_streams_harm_no_result(tmp_path, trained, parts, closing):
     out = tmp_path / "a.csv"
     words = [sys.executable, ROOT / "scripts/predict.py", "--images", parts / "parts/test"]

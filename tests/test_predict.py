@@ -135,7 +135,9 @@ def test_a_page_has_the_most_anomalous_images_first(predict, parts, trained, tmp
         and "9 images: " in text
         and f"p-value {rows[0]['p_value']}" in text
     )
-    assert "--output" in refusal(predict(parts / "parts/test", "--report", tmp_path))
+    assert "--report" in refusal(predict(parts / "parts/test", "--report", tmp_path))
+    same = ["--report", tmp_path / "x", "--output", tmp_path / "x"]
+    assert "is the --output too" in refusal(predict(parts / "parts/test", *same))
 
 
 def test_a_defective_image_has_heat_and_a_normal_one_may_have():
@@ -165,8 +167,11 @@ def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_pat
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(model.scores(images)["latent"], before.scores(images)["latent"])
     assert model(sorted(good.glob("*.png"))).defective.sum() == 0
+    some = [*sorted(good.glob("*.png"))[:8], good]  # copies do not count
+    code, out, err = script(*words, "--images", *some, "--output", output)
+    assert code == 0 and "(from 20 held-out" in out and "8 copies of others are left out" in err
     assert "8 images; 10 are needed" in refusal(
-        script(*words, "--images", *sorted(good.glob("*.png"))[:8], "--output", output)
+        script(*words, "--images", *some[:8], *some[:8], "--output", output)
     )
     assert repr(model).count("\n") < 4 and len(repr(model)) < 300
 
@@ -268,6 +273,8 @@ def test_an_output_spares_the_inputs(script, finished, parts, tmp_path, monkeypa
     words = ["predict", "--model", model, "--images", image, "--output"]
     for bad in (model, image, tmp_path):
         assert "--output" in refusal(script(*words, bad))
+    words[2] = finished  # a run's folder stands for its model.pt
+    assert "is an input" in refusal(script(*words, model))
     same = shutil.copy(model, tmp_path / "same.pt2")
     assert "is an input" in refusal(script("export", "--model", same, "--output", same))
     assert contents(finished) == before

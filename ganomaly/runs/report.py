@@ -50,9 +50,9 @@ HEAD = (
     f"<title>{{title}}</title><style>{STYLE.replace('{', '{{').replace('}', '}}')}</style>"
 )
 HEAT = (
-    "Each picture shows the image, its reconstruction, and the image under a heat map. The map has "
-    "no colour up to the mean peak of good images. It is red from five standard deviations above. "
-    "The verdict is by the score. So an image can have a warm spot and be normal."
+    "Each picture shows the image, its reconstruction, and the image under a heat map. No colour "
+    "means no more anomalous than the peaks of good images. Yellow to red is more anomalous. The "
+    "verdict comes from the score, so a normal image can have some colour."
 )
 
 
@@ -145,7 +145,7 @@ def figure(image: bytes, caption: str, kind: str = "png") -> str:
 def write_verdicts(output: Path, detector: Detector, rows: list[list[str]], text: str) -> None:
     """Write a page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
     out = [HEAD.format(title="Verdicts"), f"<h1>Verdicts</h1><p>{escape(text)}"]
-    out.append(f"<p>The {len(rows)} most anomalous images. {HEAT}<div class=pictures>")
+    out.append(f"<p>The most anomalous of them, up to {pictures.WORST}. {HEAT}<div class=pictures>")
     config, white = detector.config, detector.kind.full_scale
     for path, score, threshold, verdict, p_value in rows:
         sides = (config.image_size, pictures.SIDE)
