@@ -24,7 +24,7 @@ from ganomaly.errors import UserError, flag
 from ganomaly.files import locked
 from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
 from ganomaly.masks import load_masks, mask_files
-from ganomaly.paths import SUFFIXES, image_files, note_left_out
+from ganomaly.paths import SUFFIXES, THUMBNAILS, image_files, note_left_out
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -135,7 +135,8 @@ def is_category(folder: Path) -> bool:
 def categories_in(root: Path) -> list[str]:
     """The sub-folders with a train/good. Where there are none: those with images."""
     names = [path.parent.parent.name for path in root.glob("*/train/good")]
-    return sorted(names or [path.name for path in root.glob("[!.]*") if is_category(path)])
+    others = (path for path in root.glob("[!.]*") if path.name not in THUMBNAILS)
+    return sorted(names or [path.name for path in others if is_category(path)])
 
 
 def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
@@ -253,8 +254,9 @@ def note_repeated(category: Category, normal: Tensor) -> None:
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
     """The images in test/<defect> and its sub-folders, each with the defect's name; sorted."""
-    subs = sorted(path for path in folder.glob("test/[!.]*") if path.is_dir())
-    return [(path, sub.name) for sub in subs for path in image_files(sub)]
+    kinds = {path.relative_to(folder / "test").parts[0] for path in image_files(folder / "test")}
+    kinds = sorted(kind for kind in kinds if (folder / "test" / kind).is_dir())
+    return [(path, kind) for kind in kinds for path in image_files(folder / "test" / kind)]
 
 
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)

@@ -219,6 +219,7 @@ def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
     good = root / "train" / "good"
     for thumbnails in ("@eaDir", "__MACOSX"):
         shutil.copytree(root / "test", good / thumbnails)
+        shutil.copytree(root / "test" / "good", root / "test" / thumbnails)
     shutil.copytree(root / "test" / "good", root / "test" / "good" / "more")
     for name, place in (("a.png", "test"), ("b.png", "test"), ("c.png", "validation/good")):
         draw(root / place / name, np.random.default_rng(5))
@@ -227,6 +228,7 @@ def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
     assert len(category.train) + len(category.calibration) == 24
     assert category.test_defects.count("a_bar") == 3 and category.test_masks is not None
     assert "test/a_bar/day2/000.png" in category.test_paths
+    assert set(category.test_defects) == {"a_bar", "good"}
     assert "2 in test, 1 .heic (convert them to png)" in err and "1 in validation/good" in err
     assert "eaDir" not in err and "MACOSX" not in err
 
