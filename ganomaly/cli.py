@@ -18,6 +18,7 @@ from ganomaly.config import (
     nearest,
 )
 from ganomaly.errors import UserError
+from ganomaly.files import model_file
 from ganomaly.scoring import SCORES
 
 RUNS = EXPERIMENTS  # where runs go without --experiments-dir
@@ -81,13 +82,17 @@ def from_text(key: dataclasses.Field, text: str):
         return checked(key, text)
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+
+
 def add_place_flags(parser: argparse.ArgumentParser) -> None:
     """Where images, experiments and the device are: no part of a config."""
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]"
     )
     parser.add_argument("--download", action="store_true", help="fetch mnist or cifar10 if missing")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_device_flag(parser)
     parser.add_argument(
         "--experiments-dir", type=Path, default=Path(os.path.relpath(RUNS)),
         metavar="DIR", help="folder of the experiments [experiments]",
@@ -115,17 +120,12 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
     return args.categories or ([args.category] if args.category else None)
 
 
-def model_file(text: str) -> Path:
-    """A model's file. A run's folder stands for its model.pt."""
-    return Path(text) / "model.pt" if Path(text).is_dir() else Path(text)
-
-
 def quantile(text: str) -> float:
     return checked(FIELDS["quantile"], float(text))
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model's file; its score and its threshold's quantile, see detector_of()."""
+    """The model's file; its score and its threshold's quantile."""
     parser.add_argument(
         "--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt"
     )

@@ -254,9 +254,9 @@ def note_repeated(category: Category, normal: Tensor) -> None:
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:
     """The images in test/<defect> and its sub-folders, each with the defect's name; sorted."""
-    kinds = {path.relative_to(folder / "test").parts[0] for path in image_files(folder / "test")}
-    kinds = sorted(kind for kind in kinds if (folder / "test" / kind).is_dir())
-    return [(path, kind) for kind in kinds for path in image_files(folder / "test" / kind)]
+    root = folder / "test"
+    inside = [(path, path.relative_to(root).parts) for path in image_files(root)]
+    return [(path, kind) for path, (kind, *below) in inside if below]
 
 
 # One class of a labelled set as the anomaly (the paper's MNIST and CIFAR-10 protocol)

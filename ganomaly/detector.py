@@ -20,7 +20,7 @@ from ganomaly import scoring
 from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory, reason_of
-from ganomaly.files import read_torch
+from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_all, read_images
 from ganomaly.networks import build
 from ganomaly.packed import can_pack, packed
@@ -215,8 +215,7 @@ def load_detector(path, device: torch.device) -> Detector:
 
     A model may be older than some scores; see Detector.missing_scores.
     """
-    path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
+    path = model_file(path)
     try:
         state = read_torch(path)
         config = configuration.from_json(state["config"])

@@ -95,6 +95,11 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), flag: str = "--o
         raise UserError(f"{flag} {path}: is an input of this command; name another file")
 
 
+def model_file(path: str | Path) -> Path:
+    """A model's file. A run's folder stands for its model.pt."""
+    return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+
+
 def write_torch(path: Path, state: dict) -> None:
     """torch.save. In memory first, as its own writing hides the error of a full disk."""
     buffer = io.BytesIO()

@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    cli.add_device_flag(parser)
     args = parser.parse_args(argv)
 
     detector = load_detector(args.model, use_device(args.device))

@@ -49,7 +49,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    cli.add_device_flag(parser)
     args = parser.parse_args(argv)
 
     detector = load_detector(args.model, use_device(args.device))
