@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ganomaly.batches import to_input
-from ganomaly.config import Config
 
 MASKS = 600  # drawn once a run, then flipped and moved for every image
 MASK_SIDE = 128  # pixels; larger masks are enlarged from this side
@@ -22,16 +21,17 @@ MASK_SIDE = 128  # pixels; larger masks are enlarged from this side
 class Corruption:
     """Corrupts batches made by to_input; state_dict() holds the state of its random numbers.
 
-    images: uint8 (n, C, S, S), normal images to paste from, on the device. scale: as for to_input.
+    images: uint8 (n, C, S, S), normal images to paste from, on the device. seed: of the random
+    numbers. scale: as for to_input.
     """
 
-    def __init__(self, images: Tensor, config: Config, scale: float | None, device: torch.device):
+    def __init__(self, images: Tensor, seed: int, scale: float | None, device: torch.device):
         self.images, self.scale, self.device = images, scale, device
         # Sizes are drawn on the host and pixels on the device, so no step waits for a GPU
-        self.host = self.rng = torch.Generator().manual_seed(config.seed)
+        self.host = self.rng = torch.Generator().manual_seed(seed)
         if device.type != "cpu":
-            self.rng = torch.Generator(device).manual_seed(config.seed)
-        size = config.image_size
+            self.rng = torch.Generator(device).manual_seed(seed)
+        size = images.shape[-1]
         side = min(size, MASK_SIDE)
         masks = torch.stack([draw_mask(side, self.host) for _ in range(MASKS)])[:, None]
         if size > MASK_SIDE:

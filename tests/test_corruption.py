@@ -2,15 +2,13 @@ import pytest
 import torch
 
 from ganomaly.batches import to_input
-from ganomaly.config import Config
 from ganomaly.corruption import Corruption, draw_mask
 
 from .conftest import CPU, images
 
 
 def corruption_of(pixels, seed=42) -> Corruption:
-    config = Config(image_size=pixels.shape[-1], corrupted=0.5, seed=seed)
-    return Corruption(pixels, config, None, CPU)
+    return Corruption(pixels, seed, None, CPU)
 
 
 @pytest.mark.parametrize("size", (32, 64, 128))
