@@ -46,8 +46,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     UserError where the checkpoint is of other images, other code or another kind of device, and
     where a loss or a weight is not finite. The last checkpoint stays.
     """
-    # Networks, optimisers, data. One random stream serves initialisation and batches. Comparator and
-    # corruption have their own, so that the generator is initialised alike with and without them
+    # Networks, optimisers, data. One random stream serves initialisation and batches. The others
+    # are apart from it, so that the generator starts alike with and without a comparator
     seed, seed_c, seed_corruption = (config.seed ^ bit for bit in (0, 1 << 31, 1 << 30))
     rng, rng_c = (torch.Generator().manual_seed(each) for each in (seed, seed_c))
     networks = build(config)
