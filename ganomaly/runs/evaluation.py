@@ -21,29 +21,18 @@ from ganomaly.scoring import Outputs
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 
 
-def test_scores(detector: Detector, category: Category) -> dict[str, Tensor]:
-    """Every score of the test images: name -> (N,) float32."""
-    if not len(category.test_labels):
-        return {name: torch.empty(0) for name in detector.config.scores}
-    return detector.scores(category.test)
+def assess(detector: Detector, category: Category, training: dict, run: Run | None = None) -> dict:
+    """Score the test images; returns the metrics. With a run: writes scores.csv and metrics.json.
 
-
-def assess(
-    run: Run, detector: Detector, category: Category, scores: dict[str, Tensor], training: dict
-) -> dict:
-    """Write scores.csv and metrics.json of scored test images. Returns the metrics."""
-    run.write_scores(category, scores)
-    row = row_of(detector, category, scores, training)
-    write_json(run.path("metrics.json"), row)
-    return row
-
-
-def row_of(
-    detector: Detector, category: Category, scores: dict[str, Tensor], training: dict
-) -> dict:
-    """The metrics of scored test images."""
+    training: what metrics.json says of it.
+    """
     labels = category.test_labels
-    return {
+    scores = dict.fromkeys(detector.config.scores, torch.empty(0))
+    if len(labels):
+        scores = detector.scores(category.test)
+    if run:
+        run.write_scores(category, scores)
+    row = {
         "category": category.name,
         "dataset": detector.config.dataset,
         "seed": detector.config.seed,
@@ -55,6 +44,9 @@ def row_of(
         "n_test_defective": int(labels.sum()),
         **training,
     }
+    if run:
+        write_json(run.path("metrics.json"), row)
+    return row
 
 
 def figures(detector: Detector, category: Category, scores: dict) -> dict:

@@ -55,11 +55,10 @@ def encoded(image: Image.Image, kind: str = "png") -> bytes:
 def panel(x: Tensor, x_hat: Tensor) -> Tensor:
     """(3, H, W) in [0, 1]: a row of images, of reconstructions, of mean absolute differences.
 
-    x, x_hat: (B, C, S, S) in [-1, 1]; a grey pixel between them and around. The
-    layout of torchvision's make_grid, without its slow import.
+    x, x_hat: (B, C, S, S) in [-1, 1]; a grey pixel between them and around.
     """
+    from torchvision.utils import make_grid  # late, as it is slow to import
+
     difference = ((x - x_hat).abs().mean(1, keepdim=True) / 0.5).expand_as(x)
     images = torch.cat([(x + 1) / 2, (x_hat + 1) / 2, difference]).float().cpu().clamp(0, 1)
-    cells = F.pad(images, (1, 0, 1, 0), value=0.5).unflatten(0, (3, -1))  # (3, B, C, S + 1, S + 1)
-    grid = F.pad(cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), (0, 1, 0, 1), value=0.5)
-    return grid.expand(3, -1, -1)
+    return make_grid(images, nrow=len(x), padding=1, pad_value=0.5)

@@ -130,14 +130,12 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
         if len(category.test_labels):
             shown = category.test[evaluation.samples_of(category.test_labels)]
         run.write_samples(detector.outputs(shown))
-        scores = evaluation.test_scores(detector, category)
-        recorder.write_histograms(category.test_labels, scores, detector.calibration.scores)
         training = {
             "train_seconds": round(trained.seconds, 2),
             "images_per_second": round(trained.images_per_second, 1),
             "provenance": origin,
         }
-        metrics = evaluation.assess(run, detector, category, scores, training)
+        metrics = evaluation.assess(detector, category, training, run)
         run.path("last.pt").unlink(missing_ok=True)  # a kill before this line costs only its space
         return metrics
     except KeyboardInterrupt:
@@ -177,11 +175,10 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
         write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
-    scores = evaluation.test_scores(detector, category)
     if score not in (None, config.score):
         detector.set_quantile(config.quantile, score)
-        return evaluation.row_of(detector, category, scores, training)
-    metrics = evaluation.assess(run, detector, category, scores, training)
+        return evaluation.assess(detector, category, training)
+    metrics = evaluation.assess(detector, category, training, run)
     if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
         run.path("curve.csv").unlink(missing_ok=True)
     return metrics

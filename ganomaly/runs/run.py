@@ -5,7 +5,6 @@ metrics.json are both there; metrics.json is written last. Then last.pt is delet
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,8 @@ from ganomaly.training import LOG_EVERY
 # Files that --force deletes, in this order, so that a kill in between never leaves a run that looks
 # finished. Each begin() deletes the first three.
 FILES = (
-    ".*.tmp", "model.pt", "metrics.json", "last.pt", "last.damaged.pt", "scores.csv",
-    "curve.csv", "samples.png", "log.jsonl", "events.out.tfevents.*", "config.json",
+    ".*.tmp", "model.pt", "metrics.json", "last.pt", "scores.csv", "curve.csv", "samples.png",
+    "log.jsonl", "events.out.tfevents.*", "config.json",
 )  # fmt: skip
 ANEW = f"{flag('--force')} trains anew, --experiment NAME (EXPERIMENT=NAME) keeps both"
 
@@ -123,9 +122,7 @@ class Recorder:
             try:
                 state = read_torch(path)
             except ValueError:
-                os.replace(path, path.with_name("last.damaged.pt"))
-                message = "is damaged; set aside as last.damaged.pt, training starts anew"
-                print(f"warning: {path} {message}", file=sys.stderr)
+                raise UserError(f"{path}: damaged; remove it, and training starts anew") from None
         if state and (changed := changed_code(state.get("code"))):
             raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
         step = state["step"] if state else 0
@@ -175,16 +172,6 @@ class Recorder:
         self.board.add_histogram("latent/z", o.z, step)
         self.board.add_histogram("latent/z - z_hat", o.z - o.z_hat, step)
         self.board.flush()
-
-    def write_histograms(self, labels, scores: dict[str, Tensor], normal: dict[str, Tensor]):
-        """Score histograms for TensorBoard: calibration, good and defective images."""
-        for name in normal:
-            groups = {"calibration": normal[name]}
-            if len(labels):
-                groups["good"] = scores[name][labels == 0]
-                groups["defective"] = scores[name][labels == 1]
-            for group, part in groups.items():
-                self.board.add_histogram(f"{name}/{group}", part, self.run.config.steps)
 
     def close(self) -> None:
         if self.board is not None:
