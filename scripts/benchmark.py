@@ -15,8 +15,9 @@ from ganomaly import cli, data
 from ganomaly.config import resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, exit_code, flag, guard
+from ganomaly.files import write_atomic
 from ganomaly.runs import experiment, pipeline
-from ganomaly.runs.report import write_report
+from ganomaly.runs.report import report_page
 from ganomaly.runs.results import markdown
 
 
@@ -64,7 +65,8 @@ def main(argv=None) -> int:
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
         results = experiment.read_results(folder, only=keys)
         print(markdown(experiment.page_of(folder, results, recipe)))
-        write_report(folder, folder / "report.html", args.data_root, device)
+        page = report_page(folder, args.data_root, device)
+        write_atomic(folder / "report.html", page)
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
 

@@ -9,7 +9,6 @@ FILE.part until all are there. After an interruption the same command goes on fr
 import contextlib
 import csv
 import errno
-import heapq
 import os
 import sys
 from collections import Counter
@@ -28,11 +27,11 @@ from ganomaly import cli
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
-from ganomaly.files import check_output, lock, path_in_error, write_atomic
+from ganomaly.files import check_output, lock, path_in_error, write_atomic, write_output
 from ganomaly.images import Notes, decode, read_image
 from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
-from ganomaly.runs.results import csv_text, promise
+from ganomaly.runs.results import promise
 
 HEADER = ["path", "score", "threshold", "verdict", "p_value"]
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any file name fits
@@ -56,10 +55,11 @@ def main(argv=None) -> int:
     use_threads(detector.config.threads)
     detector.set_quantile(args.quantile or detector.config.quantile, args.score)
     items = [item for text in args.images for item in find_images(text)]
+    inputs = [args.model, *(path for path, _ in items)]
     if args.output:
-        check_output(args.output, [args.model, *(path for path, _ in items)])
+        check_output(args.output, inputs)
     if args.report:
-        check_output(args.report, [args.model, *(path for path, _ in items)], "--report")
+        check_output(args.report, inputs, "--report")
         if args.output and os.path.realpath(args.output) == os.path.realpath(args.report):
             raise UserError(f"--report {args.report}: is the --output too; name another file")
     if args.heatmaps:
@@ -67,47 +67,36 @@ def main(argv=None) -> int:
 
     notes = Notes(detector.kind)
     with open_rows(args, items, detector) as (file, done):
-        verdicts, worst = [row[3] for row in done], worst_of(done)
-        writer = csv.writer(file, lineterminator="\n")
-        for rows in judged(detector, items[len(done) :], args.heatmaps, notes):
-            writer.writerows(rows)
+        rows, writer = [*done], csv.writer(file, lineterminator="\n")
+        writer.writerows([HEADER, *done])
+        for batch in judged(detector, items[len(done) :], args.heatmaps, notes):
+            writer.writerows(batch)
             file.flush()
-            verdicts += [row[3] for row in rows]
-            worst = worst_of(worst + rows)
-    counts = Counter(verdict.partition(":")[0] for verdict in verdicts)
+            rows += batch
+    counts = Counter(verdict.partition(":")[0] for _, _, _, verdict, _ in rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
     notes.print()
     promised = promise(len(detector.normal), detector.config.quantile)
     text = f"{len(items)} images: {kinds}; {promised}"
     if args.report:
-        from ganomaly.runs.report import write_verdicts  # late, as it is slow to import
+        from ganomaly.runs.report import verdicts_page  # late, as it is slow to import
 
-        write_verdicts(args.report, detector, worst, text)
-    print(
-        text
-        + (f"; written to {args.output}" if args.output else "")
-        + (f"; heat maps in {args.heatmaps}" if args.heatmaps else "")
-        + (f"; page {args.report}" if args.report else ""),
-        file=sys.stderr,
-    )
+        scored = (row for row in rows if row[1])
+        worst = sorted(scored, key=lambda row: float(row[1]), reverse=True)[:WORST]
+        write_output(args.report, verdicts_page(detector, worst, text))
+    places = {"written to": args.output, "heat maps in": args.heatmaps, "page": args.report}
+    written = [f"{what} {path}" for what, path in places.items() if path]
+    print("; ".join([text, *written]), file=sys.stderr)
     return 1 if counts["unreadable"] else 0
-
-
-def worst_of(rows: list[list[str]]) -> list[list[str]]:
-    """The rows with the highest scores, these first."""
-    return heapq.nlargest(WORST, (row for row in rows if row[1]), key=lambda row: float(row[1]))
 
 
 @contextlib.contextmanager
 def open_rows(args, items: list[Item], detector: Detector):
     """Yield the file for the rows, and the rows that an interrupted run has written to it."""
-    header = csv_text(HEADER, [])
     if args.output is None:
-        sys.stdout.write(header)
         yield sys.stdout, []
     elif args.output.exists() and not args.output.is_file():  # a pipe or a device
         with path_in_error(args.output), open(args.output, "w", **TEXT) as file:
-            file.write(header)
             yield file, []
     else:
         output = Path(os.path.realpath(args.output))  # a link stays a link
@@ -118,7 +107,6 @@ def open_rows(args, items: list[Item], detector: Detector):
             if done:
                 print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
             file.truncate(0)
-            file.write(csv_text(HEADER, done))
             try:
                 yield file, done
             except KeyboardInterrupt:

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ganomaly import cli
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, guard
-from ganomaly.files import check_output
-from ganomaly.runs.report import write_report
+from ganomaly.files import check_output, write_output
+from ganomaly.runs.report import report_page
 
 
 def main(argv=None) -> int:
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
         raise UserError(f"{folder}: no finished run there to report on")
     output = args.output or folder / "report.html"
     check_output(output)
-    write_report(folder, output, args.data_root, use_device(args.device))
+    write_output(output, report_page(folder, args.data_root, use_device(args.device)))
     print(f"written {output}")
     return 0
 

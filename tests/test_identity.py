@@ -78,7 +78,7 @@ def test_images_replaced_in_place_are_other_images(script, tmp_path):
     report = ["report", "--experiments-dir", tmp_path, "--data-root", tmp_path / "images"]
     printed(script("train", *words))
     printed(script(*report))
-    assert "data:image/png" in page.read_text()
+    assert "data:image/jpeg" in page.read_text()
     bmps("test/bad", 1, 4)
     printed(script(*report))
     assert "its test images changed since; make evaluate" in page.read_text()

@@ -69,7 +69,7 @@ def test_the_page_shows_the_errors_and_needs_nothing_else(script, experiment):
     assert all(source.startswith("data:") for source in page.sources) and page.sources
     assert "script" not in page.tags and "link" not in page.tags
     assert page.text.count(name) >= 3  # in two tables and its heading, as text
-    pictures = [s for s in page.sources if s.startswith("data:image/png")]
+    pictures = [s for s in page.sources if s.startswith("data:image/jpeg")]
     assert len(pictures) == 12  # six good, six defective
     for picture in pictures:
         content = base64.b64decode(picture.partition(",")[2])
@@ -87,7 +87,7 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     page = written(script, tmp_path)
     assert SENTENCE in page.text
     assert "svg" in page.tags and "table" in page.tags
-    assert not [s for s in page.sources if s.startswith("data:image/png")]
+    assert not [s for s in page.sources if s.startswith("data:image/jpeg")]
     # Weights, but not the images
     shutil.rmtree(tmp_path / "runs")
     shutil.copytree(root / "runs", tmp_path / "runs")

@@ -8,20 +8,19 @@ images on which the run errs most. The page says what was not at hand.
 import base64
 import contextlib
 import csv
-import os
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_curve
+from torch import Tensor
 
 from ganomaly import data
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError
-from ganomaly.files import locked, write_output
-from ganomaly.images import read_image, read_images
+from ganomaly.images import read_images
 from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
 from ganomaly.runs.results import Page, Table, verdicts_table
@@ -56,8 +55,8 @@ HEAT = (
 )
 
 
-def write_report(folder: Path, output: Path, data_root: Path | None, device: torch.device) -> None:
-    """Write the page of an experiment: tables, curves, a section a category, what is missing."""
+def report_page(folder: Path, data_root: Path | None, device: torch.device) -> str:
+    """The page of an experiment: tables, curves, a section a category, what is missing."""
     missing: list[str] = []  # sentences on what could not be shown
     results = read_results(folder)
     runs = [m for m in results.runs if m["auroc"] is not None]
@@ -69,7 +68,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
         picture = charts.curves_svg(folder.name, results.curves).encode()
         out.append(
             "<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
-            f'<p class=wide><img alt="AUROC by step" src="{inline(picture, "svg+xml")}">'
+            f"<p class=wide>{image(picture, 'svg+xml', 'AUROC by step')}"
         )
     for category in dict.fromkeys(m["category"] for m in runs):
         seeds = [m for m in runs if m["category"] == category]
@@ -79,9 +78,7 @@ def write_report(folder: Path, output: Path, data_root: Path | None, device: tor
             missing.append(f"Charts of {category}: {error}; make evaluate writes scores.csv.")
     if missing:
         out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
-    own = os.access(folder, os.W_OK)  # of a folder that is read-only the page goes elsewhere
-    with locked(folder, wait=True) if own else contextlib.nullcontext():
-        write_output(output, "\n".join(out) + "\n")
+    return "\n".join(out) + "\n"
 
 
 def blocks(page: Page) -> list[str]:
@@ -117,53 +114,65 @@ def section(
          f"True positive rate by false positive rate; AUROC {mean:.3f}"),
     ]  # fmt: skip
     out = [f"<h2>{escape(category)}</h2><div class=charts>"]
-    for chart, text in drawn:
-        out.append(f"<figure>{charts.svg([chart])}<figcaption>{text}</figcaption></figure>")
+    out += [figure(charts.svg([chart]), text) for chart, text in drawn]
     out.append("</div>")
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
     bad = [i for i in order if labels[i] == 1][:ERRORS]
     try:
-        images = explained_images(runs[0], m, [names[i] for i in good + bad], data_root, device)
+        shown = explained_images(runs[0], m, [names[i] for i in good + bad], data_root, device)
     except UserError as error:
         missing.append(f"The images on which {category} errs: {error}.")
         return out
     title = "The good images with the highest scores, the defective ones with the lowest"
     out.append(f"<h3>{title}</h3><p>{HEAT}<div class=pictures>")
-    for i, image in zip(good + bad, images):
+    for i, picture in zip(good + bad, shown):
         verdict = "defective" if scores[i] > m["threshold"] else "normal"
-        out.append(figure(image, f"{names[i]}: {scores[i]:.4g}, called {verdict}"))
+        out.append(figure(picture, f"{names[i]}: {scores[i]:.4g}, called {verdict}"))
     return [*out, "</div>"]
 
 
-def figure(image: bytes, caption: str, kind: str = "png") -> str:
-    alt = "image, reconstruction, heat map"
-    picture = f'<img alt="{alt}" src="{inline(image, kind)}">' if image else ""
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+def figure(content: str, caption: str) -> str:
+    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def write_verdicts(output: Path, detector: Detector, rows: list[list[str]], text: str) -> None:
-    """Write a page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
+def image(content: bytes, kind: str, alt: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{data}">'
+
+
+def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:
+    """A page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
     out = [HEAD.format(title="Verdicts"), f"<h1>Verdicts</h1><p>{escape(text)}"]
     out.append(f"<p>The most anomalous of them, up to {pictures.WORST}. {HEAT}<div class=pictures>")
-    config, white = detector.config, detector.kind.full_scale
     for path, score, threshold, verdict, p_value in rows:
-        sides = (config.image_size, pictures.SIDE)
-        small, large = (read_image(path, side, config.channels, white) for side in sides)
-        image = b""
-        if not isinstance(small, str) and not isinstance(large, str):
-            verdicts, x_hat, heat = detector.explain(torch.from_numpy(small[0])[None])
-            parts = torch.from_numpy(large[0]), x_hat[0], heat[0], verdicts.defective[0]
-            image = pictures.encoded(pictures.explained(*parts), "jpeg")
+        picture = ""
+        with contextlib.suppress(UserError):  # the file is gone since
+            (picture,) = explained_files(detector, [path])
         caption = f"{path}: {verdict}, score {float(score):.4g} (threshold {float(threshold):.4g}),"
-        out.append(figure(image, f"{caption} p-value {p_value}", "jpeg"))
-    write_output(output, "\n".join([*out, "</div>"]) + "\n")
+        out.append(figure(picture, f"{caption} p-value {p_value}"))
+    return "\n".join([*out, "</div>"]) + "\n"
+
+
+def explained_files(detector: Detector, files: list) -> list[str]:
+    """Pictures of image files, for a page; UserError where one cannot be read."""
+    c, white = detector.config, detector.kind.full_scale
+    sides = (c.image_size, pictures.SIDE)
+    return explain(detector, *(read_images(files, side, c.channels, white)[0] for side in sides))
+
+
+def explain(detector: Detector, pixels: Tensor, larger: Tensor) -> list[str]:
+    """Pictures of uint8 images (N, C, S, S); larger: the same with more pixels, to look at."""
+    verdicts, x_hats, heats = detector.explain(pixels)
+    drawn = map(pictures.explained, larger, x_hats, heats, verdicts.defective)
+    alt = "image, reconstruction, heat map"
+    return [image(pictures.encoded(one, "jpeg"), "jpeg", alt) for one in drawn]
 
 
 def explained_images(
     run: Path, metrics: dict, names: list[str], data_root: Path | None, device: torch.device
-) -> list[bytes]:
-    """PNG pictures of a finished run's test images; UserError where they cannot be had."""
+) -> list[str]:
+    """Pictures of a finished run's test images; UserError where they cannot be had."""
     if not (run / "model.pt").is_file():
         raise UserError("git keeps no weights; make report shows them where the run was made")
     detector = load_detector(run / "model.pt", device)
@@ -175,16 +184,11 @@ def explained_images(
             raise UserError("its test images changed since; make evaluate scores them again")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise UserError("its scores.csv names files outside of the category's folder")
-        files = [data.category_folder(config, data_root) / name for name in names]
-        white = detector.kind.full_scale
-        pixels, _ = read_images(files, config.image_size, config.channels, white)
-        shown, _ = read_images(files, pictures.SIDE, config.channels, white)
-    else:
-        category = data.load(config, data_root)
-        shown = pixels = category.test[[category.test_paths.index(name) for name in names]]
-    verdicts, x_hats, heats = detector.explain(pixels)
-    parts = zip(shown, x_hats, heats, verdicts.defective)
-    return [pictures.encoded(pictures.explained(*part)) for part in parts]
+        folder = data.category_folder(config, data_root)
+        return explained_files(detector, [folder / name for name in names])
+    category = data.load(config, data_root)
+    pixels = category.test[[category.test_paths.index(name) for name in names]]
+    return explain(detector, pixels, pixels)
 
 
 def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -193,7 +197,3 @@ def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str
         rows = list(csv.DictReader(file))
     labels, scores = (np.array([float(row[key]) for row in rows]) for key in ("label", score))
     return labels, scores, [row["path"] for row in rows]
-
-
-def inline(content: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
