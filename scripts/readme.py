@@ -1,6 +1,5 @@
-"""Write the table of results in README.md, between its markers, from the committed results.csv."""
+"""Write the table of results in README.md, between its markers, from the committed runs."""
 
-import csv
 import sys
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from ganomaly.config import EXPERIMENTS, ROOT
 from ganomaly.errors import guard
 from ganomaly.files import write_atomic
 from ganomaly.runs import published
+from ganomaly.runs.experiment import read_results
 from ganomaly.runs.results import markdown_table, spread
 
 README = ROOT / "README.md"
 START, END = "<!-- scripts/readme.py writes this table -->\n\n", "\n<!-- end of the table -->"
-OURS = [  # header, recipe, column of its results.csv
+OURS = [  # header, recipe, key of its runs' metrics.json
     ("`paper`", "paper", "auroc"),
     ("its PCA-40", "paper", "auroc_pca"),
     ("`calibrated`", "calibrated", "auroc"),
@@ -43,21 +43,16 @@ def updated(text: str) -> str:
 
 def table() -> str:
     """A row a set: our figures, mean ± deviation over seeds; means of the controls; others'."""
-    runs = {}
-    for name in {name for _, name, _ in OURS}:
-        with open(EXPERIMENTS / name / "results.csv", encoding="utf-8") as file:
-            runs[name] = [row for row in csv.DictReader(file) if row["cpu"]]  # not the means
+    runs = {name: read_results(EXPERIMENTS / name).runs for name in ("paper", "calibrated")}
     lines = []
     for category in sorted({row["category"] for rows in runs.values() for row in rows}):
         cells = [category]
         for _, name, column in OURS:
             rows = [row for row in runs[name] if row["category"] == category]
-            figures = [float(row[column]) for row in rows if row[column]]
-            cells.append(spread(figures) if column == "auroc" else spread(figures).split(" ")[0])
-        cells += [
-            f"{other[category]:.3f}" if category in other else "" for other in OTHERS.values()
-        ]
-        lines.append(cells)
+            text = spread([row[column] for row in rows if row[column] is not None])
+            cells.append(text if column == "auroc" else text.split(" ")[0])
+        others = [other.get(category) for other in OTHERS.values()]
+        lines.append([*cells, *("" if figure is None else f"{figure:.3f}" for figure in others)])
     return markdown_table(["set", *(header for header, *_ in OURS), *OTHERS], lines)
 
 

@@ -68,8 +68,7 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     span = (high - low) or 1.0
     out = [axes(title, ("score",), (low, high))]
     for label, kind in ((0, "good"), (1, "bad")):
-        places = np.clip((scores[labels == label] - low) / span * BINS, 0, BINS - 1).astype(int)
-        counts = np.bincount(places, minlength=BINS)
+        counts, _ = np.histogram(scores[labels == label].clip(low, high), BINS, (low, low + span))
         for i in np.flatnonzero(counts):
             h = counts[i] / counts.max() * (H - 4)
             out.append(

@@ -1,7 +1,5 @@
 """What the test images say of a detector: scores.csv, metrics.json; a look at it in training."""
 
-import sys
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,13 +85,9 @@ def as_seen_by_network(pixels: Tensor, scale: float | None) -> np.ndarray:
 
 
 def pixel_figures(detector: Detector, category: Category) -> dict[str, float]:
-    """AUROC and AUPRO of the heat maps, at the network's size; empty without masks."""
+    """AUROC and AUPRO of the heat maps, at the network's size; empty without defective pixels."""
     masks = category.test_masks
-    if masks is None:
-        return {}
-    if not masks.any():
-        message = "no pixel of any mask is defective at this image size"
-        print(f"note: {category.name}: {message}, so no figures of pixels", file=sys.stderr)
+    if masks is None or not masks.any():
         return {}
     masks, heat = masks.numpy(), detector.heat_maps(category.test).numpy()
     auroc = metrics.auroc(masks.ravel(), heat.ravel())

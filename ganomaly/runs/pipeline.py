@@ -3,7 +3,6 @@
 import sys
 import time
 import traceback
-from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,14 +54,21 @@ def run_of(config: Config, folder: Path, setting: Setting) -> Run:
 def outcome_of(run: Run, setting: Setting) -> str:
     """What is to be done with a run: TRAINED, REEVALUATED or DONE_BEFORE.
 
-    UserError where it is of another config, of other code or of other training images.
+    UserError where it is of another config, of other code or of other training images, or where
+    its images are gone. REEVALUATED: a finished run whose test images are others now.
     """
     if setting.force:
         return TRAINED
     run.check()
     if not run.finished:
         return TRAINED
-    return DONE_BEFORE if unchanged(run, setting) else REEVALUATED
+    before = run.metrics()
+    if changed := changed_code(before["provenance"].get("code")):
+        message = f"{run.name}: trained by other code ({changed} changed since)"
+        raise UserError(f"{message}; {ANEW}")
+    hashes = checked_hashes(run.config, setting.data_root, before)
+    same = before["provenance"].get("test_images") == hashes.get("test_images")
+    return DONE_BEFORE if same else REEVALUATED
 
 
 def plan(run: Run, setting: Setting) -> str:
@@ -184,19 +190,6 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     return metrics
 
 
-def unchanged(run: Run, setting: Setting) -> bool:
-    """Whether the test images are those that a finished run was evaluated on.
-
-    UserError where its training images or its code are others, or where the images are gone.
-    """
-    before = run.metrics()
-    if changed := changed_code(before["provenance"].get("code")):
-        message = f"{run.name}: trained by other code ({changed} changed since)"
-        raise UserError(f"{message}; {ANEW}")
-    hashes = checked_hashes(run.config, setting.data_root, before)
-    return before["provenance"].get("test_images") == hashes.get("test_images")
-
-
 def checked_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
     """Hashes of the images that are there now; UserError if a run was trained on others."""
     hashes = data.image_hashes(config, data_root)
@@ -215,45 +208,43 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
     another process are tried last, so that any number of these processes share the work, the
     longest first.
     """
-    finished, failed, outcomes, busy = {}, {}, [], 0
-    waiting = deque(sorted(jobs, key=lambda name: -jobs[name][0].steps))
+    finished, failed, outcomes = {}, {}, set()
+    waiting = sorted(jobs, key=lambda name: -jobs[name][0].steps)
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
         while waiting:
-            name = waiting.popleft()
-            config, folder = jobs[name]
-            bar.set_description(f"{len(jobs) - len(waiting)}/{len(jobs)} {name}")
-            try:
-                metrics, outcome = run_one(config, folder, setting, bar)
-                if outcome != DONE_BEFORE:  # else n finished runs would make the tables n times
-                    experiment.write_results(folder, setting.recipe)
-                line = "nothing to evaluate"
-                if metrics["auroc"] is not None:
-                    line = "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}"
-                    line = line.format_map(metrics)
-                bar.write(f"{name}: {line}" + (f" ({outcome})" if outcome != TRAINED else ""))
-                finished[name] = metrics
-                outcomes.append(outcome)
-            except Busy:
-                waiting.append(name)
-                busy += 1
-                if busy >= len(waiting):
-                    bar.set_description(f"waiting for other processes' runs, {len(waiting)}")
-                    time.sleep(PAUSE)
-                    busy = 0
-                continue
-            except Exception as error:
-                if lost_device(error):  # a launcher starts another process
-                    raise
-                failed[name] = describe(error)
-                if failed[name] is None:  # a bug of ours: show it whole
-                    traceback.print_exc()
-                    failed[name] = f"{type(error).__name__}: {error}"
-            busy = 0
+            busy = []
+            for name in waiting:
+                config, folder = jobs[name]
+                bar.set_description(f"{len(finished) + len(failed) + 1}/{len(jobs)} {name}")
+                try:
+                    metrics, outcome = run_one(config, folder, setting, bar)
+                    if outcome != DONE_BEFORE:  # else n finished runs would make the tables n times
+                        experiment.write_results(folder, setting.recipe)
+                    line = "nothing to evaluate"
+                    if metrics["auroc"] is not None:
+                        line = "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}"
+                    done = "" if outcome == TRAINED else f" ({outcome})"
+                    bar.write(f"{name}: {line.format_map(metrics)}{done}")
+                    finished[name] = metrics
+                    outcomes.add(outcome)
+                except Busy:
+                    busy.append(name)
+                except Exception as error:
+                    if lost_device(error):  # a launcher starts another process
+                        raise
+                    failed[name] = describe(error)
+                    if failed[name] is None:  # a bug of ours: show it whole
+                        traceback.print_exc()
+                        failed[name] = f"{type(error).__name__}: {error}"
+            if len(busy) == len(waiting):
+                bar.set_description(f"waiting for other processes' runs, {len(waiting)}")
+                time.sleep(PAUSE)
+            waiting = busy
     for folder in {jobs[name][1] for name in finished}:
         experiment.write_results(folder, setting.recipe)
-    if outcomes and set(outcomes) == {DONE_BEFORE} and not failed:
-        print(f"all {len(outcomes)} runs were done before; {flag('--force')} trains them anew")
+    if outcomes == {DONE_BEFORE} and not failed:
+        print(f"all {len(finished)} runs were done before; {flag('--force')} trains them anew")
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     return finished, failed
