@@ -3,8 +3,7 @@
 A figure with a range is the median of --repeats. Nothing else should run on the machine meanwhile.
 
 A --peer is the command of another training. It takes turns with ours. {image_size} and {batch_size}
-in it are filled in. Its last line is JSON with images_per_second. If it has a figure without the
-time of validation, images_per_second_without_validation, that one counts.
+in it are filled in. Its last line is JSON with images_per_second.
 """
 
 import contextlib
@@ -229,10 +228,8 @@ def images_per_second(words: list[str]) -> float:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise UserError(f"{shlex.join(words)} failed: {last}")
     try:
-        printed = json.loads(done.stdout.splitlines()[-1])
-        alone = printed.get("images_per_second_without_validation")
-        return float(alone or printed["images_per_second"])
-    except (LookupError, TypeError, ValueError, AttributeError):
+        return float(json.loads(done.stdout.splitlines()[-1])["images_per_second"])
+    except (LookupError, TypeError, ValueError):
         message = "the last line that it prints is no JSON with images_per_second"
         raise UserError(f"{shlex.join(words)}: {message}") from None
 

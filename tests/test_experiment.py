@@ -117,7 +117,8 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
         experiment.write_recipe(folder, ours.replace(category="bottle", steps=7), force=False)
         found = experiment.reference_of(folder, recipe)
         assert found.name == "paper" and found.differences == ["steps (3000 there, 7 asked)"]
-        assert found.auroc[row["category"], int(row["seed"])] == float(row["auroc"])
+        figure = found.auroc[row["category"], int(row["seed"])]
+        assert figure == pytest.approx(float(row["auroc"]), abs=1e-6)
     for folder in (tmp_path / "mine", ROOT / "experiments/paper", tmp_path / "no-such/paper"):
         assert experiment.reference_of(folder) is None
 

@@ -30,12 +30,13 @@ def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> st
     columns = min(columns, len(charts))
     width, height = W + LEFT + RIGHT, H + TOP + BOTTOM
     size = columns * width, top + -(-len(charts) // columns) * height
-    places = [(i % columns * width + LEFT, top + i // columns * height + TOP)
-              for i in range(len(charts))]  # fmt: skip
-    inside = [f'<g transform="translate({x} {y})">{c}</g>' for (x, y), c in zip(places, charts)]
+    inside = ""
+    for i, chart in enumerate(charts):
+        x, y = i % columns * width + LEFT, top + i // columns * height + TOP
+        inside += f'<g transform="translate({x} {y})">{chart}</g>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" '
-        f'width="{size[0]}" height="{size[1]}">{head}{"".join(inside)}</svg>\n'
+        f'width="{size[0]}" height="{size[1]}">{head}{inside}</svg>\n'
     )
 
 

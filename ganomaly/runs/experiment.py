@@ -1,6 +1,5 @@
 """An experiment's folder, experiments/<name>/: its recipe and the tables of its runs."""
 
-import csv
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -116,11 +115,9 @@ def reference_of(experiment: Path, recipe: str | None = None) -> Reference | Non
     None where there is none, and for the committed experiment itself.
     """
     folder = EXPERIMENTS / (recipe or experiment.name)
-    table, recipes = folder / "results.csv", [f / "config.json" for f in (experiment, folder)]
-    if folder.resolve() == experiment.resolve() or not all(p.is_file() for p in (table, *recipes)):
+    recipes = [f / "config.json" for f in (experiment, folder)]
+    if folder.resolve() == experiment.resolve() or not all(path.is_file() for path in recipes):
         return None
-    ours, theirs = map(configuration.load, recipes)
-    with open(table, encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["auroc"]]
-    figures = {(row["category"], int(row["seed"])): float(row["auroc"]) for row in rows}
-    return Reference(folder.name, figures, configuration.differences(ours, theirs))
+    figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in runs_of(folder)}
+    differences = configuration.differences(*map(configuration.load, recipes))
+    return Reference(folder.name, figures, differences)

@@ -106,16 +106,16 @@ def section(
     lines = [([0, 1], [0, 1], "class=axis")]
     lines += [(*roc_curve(*each[:2])[:2], "class=good") for each in tables]
     title = f"score {m['score']}, seed {m['seed']}"
-    drawn = [
-        (charts.histogram(labels, scores, m["threshold"], title),
-         "Test images by score, good (blue) and defective (red); the threshold dashed"),
-        (charts.line_chart(lines, f"ROC, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
-                           ("false positive rate", "true positive rate")),
-         f"True positive rate by false positive rate; AUROC {mean:.3f}"),
-    ]  # fmt: skip
-    out = [f"<h2>{escape(category)}</h2><div class=charts>"]
-    out += [figure(charts.svg([chart]), text) for chart, text in drawn]
-    out.append("</div>")
+    bars = charts.histogram(labels, scores, m["threshold"], title)
+    title, rates = f"ROC, {len(seeds)} seed", ("false positive rate", "true positive rate")
+    roc = charts.line_chart(lines, title + "s" * (len(seeds) > 1), rates)
+    text = "Test images by score, good (blue) and defective (red); the threshold dashed"
+    out = [
+        f"<h2>{escape(category)}</h2><div class=charts>",
+        figure(charts.svg([bars]), text),
+        figure(charts.svg([roc]), f"True positive rate by false positive rate; AUROC {mean:.3f}"),
+        "</div>",
+    ]
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
     bad = [i for i in order if labels[i] == 1][:ERRORS]
