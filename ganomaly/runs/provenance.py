@@ -84,10 +84,9 @@ def command(argv: list[str]) -> str:
     words = ["python", f"scripts/{Path(argv[0]).name}"]
     for before, word in zip(argv, argv[1:]):
         flag, equals, value = word.rpartition("=")
-        if before == "--data-root" or flag == "--data-root":
-            words.append(flag + equals + "DATA_ROOT")
+        if "--data-root" in (before, flag):
+            value = "DATA_ROOT"
         elif Path(value).is_absolute() or ".." in Path(value).parts:
-            words.append(flag + equals + Path(value).name)
-        else:
-            words.append(word)
+            value = Path(value).name
+        words.append(flag + equals + value)
     return shlex.join(words)

@@ -18,7 +18,6 @@ from ganomaly import config as configuration
 from ganomaly.config import Config
 from ganomaly.errors import UserError, flag
 from ganomaly.files import read_torch, write_atomic, write_torch
-from ganomaly.runs.charts import read_curve
 from ganomaly.runs.pictures import encoded, panel
 from ganomaly.runs.provenance import changed_code, code
 from ganomaly.runs.results import EMPTY, METRICS, csv_text
@@ -114,6 +113,7 @@ class Recorder:
         """look: evaluation.look of networks and scale; bar: shows the progress."""
         self.run, self.look, self.progress = run, look, bar
         self.board: SummaryWriter | None = None
+        self.curve: list[list] = []  # rows of curve.csv
 
     def load(self) -> dict | None:
         """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
@@ -127,6 +127,7 @@ class Recorder:
             raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
         step = state["step"] if state else 0
         if step:
+            self.curve = state["curve"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
             skip(self.progress, step)
         log = self.run.path("log.jsonl")
@@ -137,7 +138,7 @@ class Recorder:
         return state
 
     def save(self, state: dict) -> None:
-        write_torch(self.run.path("last.pt"), {**state, "code": code()})
+        write_torch(self.run.path("last.pt"), {**state, "code": code(), "curve": self.curve})
 
     def log(self, record: dict) -> None:
         step = record["step"]
@@ -160,12 +161,8 @@ class Recorder:
         """Adds a row to curve.csv, on which no choice depends; TensorBoard has more."""
         aurocs, o = self.look(networks, scale)
         if aurocs:
-            path, names = self.run.path("curve.csv"), list(aurocs)
-            curve = read_curve(path)
-            steps = [s for s in curve[names[0]] if s < step] if list(curve) == names else []
-            rows = [[s, *(f"{curve[name][s]:.6g}" for name in names)] for s in steps]
-            rows.append([step, *(f"{value:.6g}" for value in aurocs.values())])
-            write_atomic(path, csv_text(["step", *names], rows))
+            self.curve.append([step, *aurocs.values()])
+            write_atomic(self.run.path("curve.csv"), csv_text(["step", *aurocs], self.curve))
         for name, value in aurocs.items():
             self.board.add_scalar(f"auroc/{name}", value, step)
         self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
