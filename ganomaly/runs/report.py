@@ -137,8 +137,8 @@ def figure(content: str, caption: str) -> str:
 
 
 def image(content: bytes, kind: str, alt: str) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{alt}" src="data:image/{kind};base64,{data}">'
+    text = base64.b64encode(content).decode()
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{text}">'
 
 
 def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:
