@@ -37,8 +37,6 @@ CHANGES = {
     "threads": 2, "seed": 1,
 }  # fmt: skip
 TINY_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
-
-
 CPU = torch.device("cpu")
 
 
@@ -95,17 +93,32 @@ def draw(path: Path, rng: np.random.Generator, defective: bool = False, size: in
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
 
 
-def draw_category(folder: Path, n_train=24, n_good=4, n_bad=5, defects=("a_bar",), seed=0) -> Path:
+def draw_category(
+    folder: Path, n_train=24, n_good=4, n_bad=5, defects=("a_bar",), seed=0, suffix="png"
+) -> Path:
     """train/good, test/good and test/<defect>; `a_bar` sorts before `good`."""
     rng = np.random.default_rng(seed)
-    for i in range(n_train):
-        draw(folder / "train" / "good" / f"{i:03}.png", rng)
-    for i in range(n_good):
-        draw(folder / "test" / "good" / f"{i:03}.png", rng)
-    for defect in defects:
-        for i in range(n_bad):
-            draw(folder / "test" / defect / f"{i:03}.png", rng, defective=True)
+    places = {"train/good": n_train, "test/good": n_good}
+    for place, n in {**places, **{f"test/{defect}": n_bad for defect in defects}}.items():
+        for i in range(n):
+            draw(folder / place / f"{i:03}.{suffix}", rng, defective=place not in places)
     return folder
+
+
+def add_masks(
+    root: Path, name="{}_mask.png", white=255, size=(40, 40), top="ground_truth", alpha=False
+) -> None:
+    """Masks of draw_category()'s bars; alpha: black ones, the bar is in their alpha channel."""
+    for path in (root / "test" / "a_bar").glob("*.png"):
+        with Image.open(path) as image:
+            bar = np.asarray(image.convert("L")) > 240
+        target = root / top / "a_bar" / name.format(path.stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        levels = (bar * white).astype(np.uint8 if white < 256 else np.uint16)
+        image = Image.fromarray(levels).resize(size, Image.Resampling.NEAREST)
+        if alpha:
+            image = Image.merge("RGBA", [Image.new("L", size)] * 3 + [image])
+        image.save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +181,12 @@ def read_json(path: Path) -> dict:
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
+
+
+def results_of(experiment: Path) -> list[list[tuple]]:
+    """results.csv, less times and provenance."""
+    rows = read_csv(experiment / "results.csv")
+    return [list(row.items())[: list(row).index("train_seconds")] for row in rows]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -233,6 +252,8 @@ def script(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Scripts set the threads of the process; no test may see another's."""
+def settings_of_the_process():
+    """Scripts set the threads and the algorithms of the process; no test may see another's."""
     torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)

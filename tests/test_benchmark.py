@@ -20,6 +20,7 @@ from .conftest import (
     read_csv,
     read_json,
     refusal,
+    results_of,
 )
 
 
@@ -45,12 +46,8 @@ def test_two_benchmarks_share_the_work_and_the_table(script, fifteen, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], answers
     # Each run was trained by one of them
     assert sum(out.count("(done before)") for out, _ in answers) == 4
-    tables = []
-    for name in ("serial", "both"):
-        rows = read_csv(tmp_path / name / "all" / "results.csv")
-        results = list(rows[0])[: list(rows[0]).index("train_seconds")]
-        tables.append([[row[column] for column in results] for row in rows])
-    assert tables[0] == tables[1] and len(tables[0]) == 6
+    serial, shared = (results_of(tmp_path / name / "all") for name in ("serial", "both"))
+    assert serial == shared and len(serial) == 6
 
 
 # ablate.py

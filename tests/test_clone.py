@@ -24,9 +24,7 @@ NOT_RUN = ("download", "speed", "board", "test", "torture", "help")
 
 
 def git(*words, cwd) -> str:
-    return subprocess.run(
-        [*GIT, *words], cwd=cwd, capture_output=True, check=True, text=True
-    ).stdout
+    return subprocess.check_output([*GIT, *words], cwd=cwd, text=True)
 
 
 def cloned(folder: Path) -> Path:

@@ -5,15 +5,7 @@ import pytest
 
 from ganomaly import config as configuration
 from ganomaly.cli import Parser
-from ganomaly.config import (
-    DATASET_DEFAULTS,
-    FIELDS,
-    Config,
-    checked,
-    from_json,
-    knob,
-    resolve,
-)
+from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, checked, from_json, knob, resolve
 from ganomaly.errors import UserError
 
 from .conftest import CHANGES, ROOT, committed
@@ -49,14 +41,11 @@ def test_dataset_follows_from_the_category_and_its_defaults_give_way_to_flags():
         assert parsed("--dataset", dataset, "--image-size", "64").image_size == 64
 
 
-def test_flags_override_a_config_file_and_a_wrong_value_in_it_names_it(tmp_path):
+def test_flags_override_a_config_file(tmp_path):
     path = tmp_path / "saved.json"
     path.write_text(Config(category="bottle", steps=10, width=8).to_json())
     config = parsed("--config", str(path), "--steps", "20")
     assert (config.steps, config.width, config.category) == (20, 8, "bottle")
-    path.write_text('{"steps": "5"}')
-    with pytest.raises(UserError, match=r"saved\.json: steps"):
-        parsed("--config", str(path))
 
 
 def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
@@ -83,6 +72,7 @@ REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 0, "at least 1"),
     ("steps", 1.5, "whole number"),
     ("steps", True, "whole number"),
+    ("steps", "5", "whole number"),
     ("image_size", 48, "32, 64"),
     ("width", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
@@ -105,11 +95,6 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
     text = str(error.value)
     assert text.startswith("saved.json: ") and name in text and allowed in text
     assert "\n" not in text
-
-
-def test_a_generator_without_any_loss_is_refused():
-    with pytest.raises(UserError, match="w_adv, w_con, w_enc.*: all are 0"):
-        Config(w_adv=0, w_con=0, w_enc=0)
 
 
 def test_a_knob_may_be_a_bool(monkeypatch):
@@ -149,6 +134,7 @@ def test_knobs_that_do_not_fit_together_are_refused():
         (dict(comparator_width=8), "comparator_width: it needs corrupted images"),
         (dict(comparator_width=8, corrupted=0.05), "comparator_width: it needs"),
         (dict(score="comparator", corrupted=0.5), "score: comparator needs"),
+        (dict(w_adv=0, w_con=0, w_enc=0), "w_adv, w_con, w_enc.*: all are 0"),
     ):
         with pytest.raises(UserError, match=words):
             Config(**values)

@@ -11,13 +11,13 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from ganomaly import data, load
 from ganomaly.images import full_scale_of, read_image
+from ganomaly.runs.evaluation import pixel_figures
 
-from .conftest import ROOT, draw, draw_category, folder_of, read_csv, train, train_words
+from .conftest import ROOT, add_masks, draw, draw_category, folder_of, read_csv, train, train_words
 from .test_data import folder
 
 
@@ -111,25 +111,12 @@ def test_sixteen_bits_after_eight_are_told(tmp_path, trained, capsys):
 # Masks
 
 
-def add_masks(
-    root, name="{}_mask.png", value=255, size=(40, 40), dtype=np.uint8, top="ground_truth"
-):
-    """Masks of the bars; returns what is expected of the test images at 40 pixels."""
-    for path in every_image(root / "test" / "a_bar"):
-        with Image.open(path) as image:
-            bar = np.asarray(image.convert("L")) > 240
-        target = root / top / "a_bar" / name.format(path.stem)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((bar * value).astype(dtype)).resize(size, Image.Resampling.NEAREST)
-        image.save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
-
-
 @pytest.mark.parametrize(
     "how",
     [
-        dict(name="{}.bmp"), dict(name="{}_mask.PNG"), dict(name="{}_GT.png"), dict(value=1),
+        dict(name="{}.bmp"), dict(name="{}_mask.PNG"), dict(name="{}_GT.png"), dict(white=1),
         dict(name="{}_mask.jpg"), dict(name="{}/000.png"), dict(top="masks"), dict(size=(80, 80)),
-        dict(value=60_000, dtype=np.uint16),
+        dict(white=60_000), dict(alpha=True),
     ],
     ids=str,
 )  # fmt: skip
@@ -141,10 +128,11 @@ def test_masks_are_found_and_mean_the_same(tmp_path, said, how):
     shutil.rmtree(root / "ground_truth")
     add_masks(root, **how)
     category, err = said(tmp_path)
-    assert not err and (category.test_masks != expected).float().mean() < 0.02
+    soft = how.get("name") == "{}_mask.jpg"
+    assert not err and (category.test_masks != expected).float().mean() <= (0.02 if soft else 0)
 
 
-def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said):
+def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said, capsys):
     root = draw_category(tmp_path / "parts", n_bad=2)
     add_masks(root)
     first, second = every_image(root / "ground_truth")
@@ -156,47 +144,27 @@ def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said):
     _, err = said(tmp_path)
     assert "1 of 2 masks mark more than half of the image; is their black the defect?" in err
     assert "1 of 2 masks mark nothing at 32 px, as the defects are too thin" in err
-
-
-def test_copies_in_the_training_images_are_told(tmp_path, said):
-    root = draw_category(tmp_path / "parts")
-    for path in every_image(root / "train")[:3]:
-        shutil.copy(path, path.with_name(f"copy-{path.name}"))
-    assert "3 of 27 images of train/good are copies of others" in said(tmp_path)[1]
-
-
-def test_a_mask_in_the_alpha_channel_is_read(tmp_path, said):
-    root = draw_category(tmp_path / "parts", n_bad=2)
-    add_masks(root)
-    expected = said(tmp_path)[0].test_masks
-    for path in every_image(root / "ground_truth"):
-        with Image.open(path) as mask:
-            shape = np.asarray(mask)
-        black = np.zeros((*shape.shape, 3), np.uint8)
-        Image.fromarray(np.concatenate([black, shape[..., None]], 2)).save(path)
-    assert torch.equal(said(tmp_path)[0].test_masks, expected)
-
-
-def empty(path):
-    Image.new("L", (40, 40)).save(path)
-
-
-def turned(path):
-    Image.new("L", (60, 40), 255).save(path)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:40])
+    shutil.copy(second, first)
+    category, _ = said(tmp_path)
+    assert pixel_figures(None, category) == {}
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
-    [(empty, "000_mask.png is empty"), (turned, "60x40 pixels, another shape"), (cut, "000_mask")],
+    "width, level, length, words",
+    [
+        (40, 0, None, "000_mask.png is empty"),
+        (60, 255, None, "60x40 pixels, another shape"),
+        (40, 255, 40, "000_mask"),  # a cut file
+    ],
 )
-def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(tmp_path, said, spoil, words):
+def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(
+    tmp_path, said, width, level, length, words
+):
     root = draw_category(tmp_path / "parts", n_bad=2)
     add_masks(root)
-    spoil(root / "ground_truth" / "a_bar" / "000_mask.png")
+    mask = root / "ground_truth" / "a_bar" / "000_mask.png"
+    Image.new("L", (width, 40), level).save(mask)
+    mask.write_bytes(mask.read_bytes()[:length])
     category, err = said(tmp_path)
     assert category.test_masks is None and words in err and "1 of 2 defective images" in err
     shutil.rmtree(root / "ground_truth" / "a_bar")
@@ -217,46 +185,22 @@ def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
         for path in every_image(root / top)[:1]:
             path.rename(root / top / "day2" / path.name)
     good = root / "train" / "good"
-    for thumbnails in ("@eaDir", "__MACOSX"):
+    for thumbnails in ("@eaDir", "__MACOSX", ".cache"):
         shutil.copytree(root / "test", good / thumbnails)
         shutil.copytree(root / "test" / "good", root / "test" / thumbnails)
     shutil.copytree(root / "test" / "good", root / "test" / "good" / "more")
     for name, place in (("a.png", "test"), ("b.png", "test"), ("c.png", "validation/good")):
         draw(root / place / name, np.random.default_rng(5))
-    (good / "x.heic").write_text("x")
+    for path in ("train/good/x.HEIC", "train/good/._000.png", "train/good/Thumbs.db", "test/a.txt"):
+        (root / path).write_text("x")
+    (root / "test" / "empty").mkdir()
     category, err = said(tmp_path)
-    assert len(category.train) + len(category.calibration) == 24
+    assert (len(category.train) + len(category.calibration), len(category.test)) == (24, 11)
     assert category.test_defects.count("a_bar") == 3 and category.test_masks is not None
     assert "test/a_bar/day2/000.png" in category.test_paths
     assert set(category.test_defects) == {"a_bar", "good"}
     assert "2 in test, 1 .heic (convert them to png)" in err and "1 in validation/good" in err
     assert "eaDir" not in err and "MACOSX" not in err
-
-
-def test_a_link_gives_its_own_name(tmp_path, said):
-    draw_category(tmp_path / "parts")
-    (tmp_path / "linked").symlink_to(tmp_path / "parts")
-    assert said(tmp_path / "linked", category=None)[0].name == "linked"
-
-
-def test_other_suffixes_and_linked_folders_are_scored(tmp_path, trained, parts, script):
-    good = parts / "parts" / "test" / "good"
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "linked").symlink_to(good)
-    (tmp_path / "new" / "round").symlink_to(tmp_path / "new")
-    for name in ("a.jfif", "b.pgm", "c.GIF"):
-        with Image.open(good / "000.png") as image:
-            image.save(tmp_path / "new" / name, {"a.jfif": "JPEG", "b.pgm": "PPM"}.get(name))
-    words = ["predict", "--model", folder_of(trained) / "model.pt", "--images", tmp_path / "new"]
-    code, out, _ = script(*words)
-    assert code == 0 and len(out.splitlines()) == 1 + 3 + 4
-    (tmp_path / "list").write_bytes(b"\xef\xbb\xbf" + os.fsencode(good / "000.png") + b"\r\n")
-    with open(tmp_path / "list", "rb") as file:
-        done = subprocess.run(
-            [sys.executable, ROOT / "scripts/predict.py", *words[1:-1], "-"],
-            stdin=file, capture_output=True, text=True,
-        )  # fmt: skip
-    assert done.returncode == 0 and "1 images: 1 normal" in done.stderr, done.stderr
 
 
 # What is said of single images
@@ -265,23 +209,18 @@ def test_other_suffixes_and_linked_folders_are_scored(tmp_path, trained, parts, 
 def test_pages_alpha_copies_and_metadata_are_told(tmp_path, said):
     root = draw_category(tmp_path / "parts")
     good, (first, second, third, *_) = root / "train/good", every_image(root / "train/good")
-    shutil.copy(third, root / "test" / "good" / "copy.png")
+    for copy in (good / "copy.png", root / "test/good/copy.png"):
+        shutil.copy(third, copy)
     with Image.open(first) as image, Image.open(second) as other:
         image.save(good / "pages.tif", save_all=True, append_images=[other])
         clear = image.convert("RGBA")
     clear.putalpha(image.convert("L"))
     clear.save(first)
     category, err = said(tmp_path)
-    assert "1 of 35 images have several pages, of which the first is read" in err
+    assert "2 of 26 images of train/good are copies of others" in err  # one is of a page
+    assert "1 of 36 images have several pages, of which the first is read" in err
     assert f"the colours under them count, though hidden; the first: {first}" in err
     assert "1 of 10 test images are training images too; the first: test/good/copy.png" in err
-
-
-def test_long_notes_in_a_file_do_not_hide_its_pixels(tmp_path):
-    notes = PngImagePlugin.PngInfo()
-    notes.add_text("report", "x" * 3_000_000, zip=True)
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png", pnginfo=notes)
-    assert not isinstance(read_image(tmp_path / "a.png", 32, 3), str)
 
 
 def test_another_kind_of_image_is_told_once(tmp_path, trained, parts, capsys):

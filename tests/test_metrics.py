@@ -50,18 +50,15 @@ def test_controls_against_their_formulas():
     ours = controls(train, [test[:7], test[7:]], labels)
     a, b = train.reshape(60, -1) / 255.0, test.reshape(30, -1) / 255.0
     mean = a.mean(0)
-    assert ours["auroc_mean_distance"] == pytest.approx(
-        sk.roc_auc_score(labels, ((b - mean) ** 2).sum(1)), abs=1e-9
-    )
+    distance = sk.roc_auc_score(labels, ((b - mean) ** 2).sum(1))
+    assert ours["auroc_mean_distance"] == pytest.approx(distance, abs=1e-9)
     nearest = ((b[:, None] - a[None]) ** 2).sum(2).min(1)
     assert ours["auroc_nearest"] == pytest.approx(sk.roc_auc_score(labels, nearest), abs=1e-9)
     _, _, directions = np.linalg.svd(a - mean, full_matrices=False)
     top = directions[:40]
     residual = (b - mean) - (b - mean) @ top.T @ top
-    assert ours["auroc_pca"] == pytest.approx(
-        sk.roc_auc_score(labels, (residual**2).sum(1)), abs=0.02
-    )
-    assert ours["auroc_pca"] > 0.9
+    pca = sk.roc_auc_score(labels, (residual**2).sum(1))
+    assert ours["auroc_pca"] == pytest.approx(pca, abs=0.02) and ours["auroc_pca"] > 0.9
 
 
 def test_brightness_counts_tenths_of_a_grey_level_and_no_rounding():
@@ -88,22 +85,13 @@ def literal_aupro(masks, maps, limit=0.3) -> float:
     return area / limit
 
 
-@pytest.mark.parametrize("levels", [2, 7, 1000])
+@pytest.mark.parametrize("levels", [1, 2, 7, 1000])
 def test_aupro_is_its_definition(levels):
     rng = np.random.default_rng(levels)
     masks = rng.random((5, 9, 8)) < 0.2
     masks[0] = False  # a good image
     maps = (rng.integers(0, levels, masks.shape) + levels * masks // 3).astype(np.float32)
     assert aupro(masks, maps) == pytest.approx(literal_aupro(masks, maps), abs=1e-12)
-
-
-def test_aupro_of_maps_whose_area_is_known():
-    masks = np.zeros((2, 10, 10), bool)
-    masks[0, [0, 1], [0, 1]] = masks[1, 2:4, 2:6] = True  # the first two touch at a corner
-    assert aupro(masks, 1.0 * masks) == pytest.approx(1)
-    assert aupro(masks, 0.0 * masks) == pytest.approx(0.15)  # a line from (0, 0) to (1, 1)
-    # One region whole and nothing of the other: a line from (0, 1/2) to (1, 1)
-    assert aupro(masks, masks * [[[1.0]], [[0.0]]]) == pytest.approx(0.5 + 0.15 / 2)
 
 
 def test_what_was_found_is_counted_by_kind():

@@ -140,18 +140,15 @@ def test_recording_pays_on_a_gpu_in_a_long_run_without_a_scaler():
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_a_cuda_graph_is_the_step(amp, deterministic, monkeypatch, capsys):
     config, device = FULL.replace(amp=amp), use_device("cuda", deterministic)
-    try:
-        expected, start = (
-            train(config.replace(steps=n), PIXELS, device, Memory()) for n in (config.steps, 3)
-        )
-        made, memory = [], Memory()
-        real = replay.Replayed
-        monkeypatch.setattr(replay, "MIN_STEPS", 1)
-        monkeypatch.setattr(replay, "Replayed", lambda *a: made.append(real(*a)) or made[-1])
-        replayed = train(config, PIXELS, device, memory)
-        resumed = train(config, PIXELS, device, Memory(memory.saved[7]))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    expected, start = (
+        train(config.replace(steps=n), PIXELS, device, Memory()) for n in (config.steps, 3)
+    )
+    made, memory = [], Memory()
+    real = replay.Replayed
+    monkeypatch.setattr(replay, "MIN_STEPS", 1)
+    monkeypatch.setattr(replay, "Replayed", lambda *a: made.append(real(*a)) or made[-1])
+    replayed = train(config, PIXELS, device, memory)
+    resumed = train(config, PIXELS, device, Memory(memory.saved[7]))
     assert all(m.replay is not None for m in made) and len(made) == 2, capsys.readouterr().err
     assert replay.deviation(*map(weights, (replayed, expected, start))) < replay.ALLOWED
     if deterministic:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .conftest import ROOT, TINY_FLAGS, draw_category, folder_of, numbers, read_csv, refusal
+from .conftest import ROOT, TINY_FLAGS, draw_category, folder_of, numbers, refusal, results_of
 
 ROOMY = ["--steps=600", "--checkpoint-every=25"]
 
@@ -21,12 +21,6 @@ def root(tmp_path_factory):
     for seed, name in enumerate(("bottle", "cable", "pill")):
         draw_category(root / name, n_train=60, n_good=20, n_bad=20, seed=seed)
     return root
-
-
-def results_of(experiment: Path) -> list[list[tuple]]:
-    """results.csv, less times and provenance."""
-    rows = read_csv(experiment / "results.csv")
-    return [list(row.items())[: list(row).index("train_seconds")] for row in rows]
 
 
 def train(*words, **more) -> subprocess.CompletedProcess:
