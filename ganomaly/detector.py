@@ -69,13 +69,6 @@ class Detector:
             for name in ("generator", "discriminator"):
                 self.scoring_networks[name] = packed(self.networks[name])
 
-    def __repr__(self) -> str:
-        c = self.config
-        return (
-            f"<Detector of {c.category or c.dataset}: score {c.score}, threshold {self.threshold}, "
-            f"images of {c.channels}x{c.image_size}x{c.image_size}, on {self.device}>"
-        )
-
     @property
     def batch(self) -> int:
         """Images of one scoring pass."""
@@ -84,9 +77,7 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return outputs_of(self.scoring_networks, x)
+        return outputs_of(self.scoring_networks, to_input(pixels, self.device, self.scale))
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
@@ -141,7 +132,7 @@ class Detector:
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
         """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
             return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
@@ -156,8 +147,7 @@ class Detector:
         return self.calibrated(self.raw(pixels))
 
     def calibrated(self, raw: Raw) -> dict[str, Tensor]:
-        statistics, names = self.calibration.statistics, self.calibration.scores
-        return check_finite(scoring.all_scores(raw, statistics, names))
+        return scoring.all_scores(raw, self.calibration.statistics, self.calibration.scores)
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
@@ -196,15 +186,10 @@ def joined(parts: Sequence[Raw]) -> Raw:
     """The raw scores of several batches as one, on the CPU. UserError where one is not finite."""
     scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
     raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
-    check_finite({**raw.scores, "z - z_hat": raw.gaps})
-    return raw
-
-
-def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, values in named.items():
+    for name, values in {**scores, "z - z_hat": raw.gaps}.items():
         if not values.isfinite().all():
             raise UserError(f"{name} is not finite: the training diverged, lower --lr")
-    return named
+    return raw
 
 
 def load_detector(path, device: torch.device) -> Detector:
