@@ -184,7 +184,7 @@ def judged(
     """Yield the rows of each batch of items."""
     config, white = detector.config, detector.kind.full_scale
     threshold = f"{detector.threshold:.9g}"
-    results = decode((path for path, _ in items), config.image_size, config.channels, white)
+    results = decode([path for path, _ in items], config.image_size, config.channels, white)
     starts = range(0, len(items), detector.batch)
     for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
         batch = list(zip(items[start : start + detector.batch], results))
@@ -213,7 +213,7 @@ def judged(
                     except OSError as error:
                         if error.errno != errno.ENAMETOOLONG:
                             raise
-                        notes.count("have a name that is too long for a heat map", path)
+                        notes.found["have a name that is too long for a heat map"].append(path)
         yield rows
 
 
