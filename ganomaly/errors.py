@@ -88,13 +88,9 @@ def open_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # pytest has others
-            encoding = stream.encoding if stream else "utf-8"
-            utf8 = encoding.lower().replace("-", "") == "utf8"
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
-            text = io.TextIOWrapper(
-                raw, encoding, "surrogateescape" if utf8 else "backslashreplace",
-                line_buffering=number == 2 or raw.isatty(),
-            )  # fmt: skip
+            lines = number == 2 or raw.isatty()
+            text = io.TextIOWrapper(raw, "utf-8", "surrogateescape", line_buffering=lines)
             setattr(sys, name, text)
 
 
