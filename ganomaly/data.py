@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from ganomaly.config import Config, nearest
-from ganomaly.errors import UserError, flag
+from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
 from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
 from ganomaly.masks import load_masks, mask_files
-from ganomaly.paths import SUFFIXES, THUMBNAILS, image_files, note_left_out
+from ganomaly.paths import THUMBNAILS, image_files, note_left_out
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -105,11 +105,7 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if is_category(folder):
         return folder
     hint = HINTS[config.dataset]
-    if is_category(root):
-        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
-    elif named := ", ".join(sorted(path.name for path in folder.glob("train/*"))[:5]):
-        hint = f"train/ has {named} there; the folder of the good images has to be named good"
-    elif there := categories_in(root):
+    if there := categories_in(root):
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
@@ -117,9 +113,7 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
 def train_folder(folder: Path) -> Path:
     """Where a category's normal images are: in train/good, else in the folder itself."""
     good = folder / "train" / "good"
-    if good.is_dir() or not folder.is_dir():
-        return good
-    return folder if image_files(folder, deep=False) else good
+    return good if good.is_dir() or not image_files(folder, deep=False) else folder
 
 
 def train_files(folder: Path) -> list[Path]:
@@ -278,10 +272,8 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
             parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
         # Not there, damaged or offline
-        folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
-        reason = " ".join(str(error).split())
-        hint = reason if download else f"{flag('--download')} fetches it"
-        raise UserError(f"no complete {dataset} in {folder}; {hint}") from None
+        hint = "" if download else f"; {flag('--download')} fetches it"
+        raise UserError(f"no complete {dataset} in {root}{hint}{reason_of(error)}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
     return images, np.concatenate([np.asarray(part.targets) for part in parts])
 
@@ -323,8 +315,8 @@ def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n - held_out < MIN_TRAIN:
         raise UserError(
-            f"{where}: {n} training images ({', '.join(sorted(SUFFIXES))}); calibration takes "
-            f"{held_out}, training needs {MIN_TRAIN}: add images or lower --calibration-fraction"
+            f"{where}: {n} training images; calibration takes {held_out}, training needs "
+            f"{MIN_TRAIN}: add images or lower --calibration-fraction"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values
