@@ -23,7 +23,7 @@ from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_all, read_images
 from ganomaly.networks import build
-from ganomaly.packed import can_pack, packed
+from ganomaly.packed import packed
 from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
 
 PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
@@ -65,7 +65,8 @@ class Detector:
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)
         self.scoring_networks = dict(self.networks)
-        if can_pack(self.device):  # the comparator's 3x3 layers would gain nothing
+        if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            # The comparator's 3x3 layers would gain nothing
             for name in ("generator", "discriminator"):
                 self.scoring_networks[name] = packed(self.networks[name])
 

@@ -1,4 +1,4 @@
-"""Each loss against a literal transcription of its formula, in float64."""
+"""Each loss against a literal transcription of its formula."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_discriminator_is_half_the_sum_of_two_cross_entropies():
     bce_real = sum(-math.log(sigmoid(v)) for v in real.tolist()) / 6
     bce_fake = sum(-math.log(1 - sigmoid(v)) for v in fake.tolist()) / 6
     loss = losses.discriminator(real, fake).item()
-    assert loss == pytest.approx(0.5 * (bce_real + bce_fake), rel=1e-12)
+    assert loss == pytest.approx(0.5 * (bce_real + bce_fake), rel=1e-6)
     # Logits that a sigmoid would saturate
     assert losses.discriminator(torch.tensor([-200.0]), torch.tensor([200.0])).item() == 200
 
@@ -32,7 +32,7 @@ def test_comparator_is_the_focal_loss():
     for v, m in zip(logits.tolist(), mask.tolist()):
         truth = sigmoid(v) if m else 1 - sigmoid(v)
         total -= (5 if m else 1) * (1 - truth) ** 2 * math.log(truth)
-    assert losses.comparator(logits, mask).item() == pytest.approx(total / 40, rel=1e-9)
+    assert losses.comparator(logits, mask).item() == pytest.approx(total / 40, rel=1e-5)
 
 
 def test_losses_are_float32_whatever_comes_in():
