@@ -86,11 +86,6 @@ class Detector:
         self.set_quantile()
 
     @property
-    def missing_scores(self) -> set[str]:
-        """Scores that the code has and this calibration lacks; calibrate() adds them."""
-        return set(self.config.scores) - self.calibration.scores.keys()
-
-    @property
     def normal(self) -> Tensor:
         """The headline scores of the calibration images: (n,) float32, sorted."""
         return self.calibration.scores[self.config.score]
@@ -196,7 +191,7 @@ def joined(parts: Sequence[Raw]) -> Raw:
 def load_detector(path, device: torch.device) -> Detector:
     """The detector in a model.pt, or in a run's folder; UserError where there is none.
 
-    A model may be older than some scores; see Detector.missing_scores.
+    A model may be older than some scores; calibrate() adds them.
     """
     path = model_file(path)
     try:
