@@ -37,7 +37,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
     def add_config_flags(self) -> None:
-        """--config and one flag a Config field, with dashes."""
         others = ", ".join(DATASET_DEFAULTS)
         group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
@@ -103,7 +102,6 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model's file; its score and its threshold's quantile."""
     parser.add_argument(
         "--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt"
     )

@@ -86,8 +86,7 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdin = sys.stdin or open(0, closefd=False)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # pytest has others
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # pytest has others
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
             lines = number == 2 or raw.isatty()
             text = io.TextIOWrapper(raw, "utf-8", "surrogateescape", line_buffering=lines)

@@ -186,7 +186,6 @@ def read_images(
 
 
 def kind_of(facts: Sequence[Facts], full_scale: int) -> Kind:
-    """What training images have in common."""
     aspects, colours = [one.aspect for one in facts], [one.colour for one in facts]
     return Kind(full_scale, (min(aspects), max(aspects)), (min(colours), max(colours)))
 
