@@ -50,13 +50,11 @@ class Kind(NamedTuple):
 
 def levels_of(image: Image.Image) -> np.ndarray | None:
     """The levels of a 16-bit image, (h, w) or (h, w, C); None for an image of 8 bits."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-    if image.mode.startswith("I"):  # grey
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65_535:
+    if image.mode[0] in "IF":  # grey
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65_535:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
-        return levels
+        return levels.astype(np.int64)
     if ";16" not in str(getattr(image, "tile", "")):
         if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
             raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
@@ -149,8 +147,6 @@ def read_image(
             return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels, full_scale)
-    except Image.UnidentifiedImageError:
-        return "not an image"
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise errors of any kind
