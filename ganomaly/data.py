@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config, nearest
+from ganomaly.config import Config
 from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
 from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
@@ -58,10 +58,10 @@ class Category:
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
     """The images of one run. UserError where they are missing, unreadable or too few."""
+    check_class(config)
     root = data_root_of(config.dataset, data_root)
     if config.in_folders:
         return load_folder(config, root)
-    check_class(config)
     return load_one_class_out(config, *arrays(config.dataset, root, download))
 
 
@@ -71,21 +71,18 @@ def data_root_of(dataset: str, data_root: Path | None) -> Path:
 
 def check_category(config: Config, data_root: Path | None) -> None:
     """UserError where there is no such category, before any image is read."""
+    check_class(config)
     if config.in_folders:
         category_folder(config, data_root)
-    else:
-        check_class(config)
 
 
 def check_class(config: Config) -> None:
     """UserError where the data set has fixed category names and this is none of them."""
     known = CLASSES.get(config.dataset)
-    if known is None or config.category in known:
-        return
-    if config.category is None:
-        raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
-    hint = f"{nearest(config.category, known)}; --dataset names another data set"
-    raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
+    if known and config.category not in known:
+        names = f"{', '.join(known)}, not {config.category}"
+        message = f"category: {config.dataset} needs one of {names}"
+        raise UserError(f"{message}; --dataset names another data set")
 
 
 # Folders: MVTec AD's layout
@@ -100,7 +97,6 @@ def category_name(config: Config, data_root: Path | None) -> str:
 def category_folder(config: Config, data_root: Path | None) -> Path:
     """The category's folder; UserError where there is nothing in it to train on."""
     root = data_root_of(config.dataset, data_root)
-    check_class(config)
     folder = root / config.category if config.category else root
     if is_category(folder):
         return folder

@@ -140,10 +140,8 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return self.calibrated(self.raw(pixels))
-
-    def calibrated(self, raw: Raw) -> dict[str, Tensor]:
-        return scoring.all_scores(raw, self.calibration.statistics, self.calibration.scores)
+        fitted, names = self.calibration.statistics, self.calibration.scores
+        return scoring.all_scores(self.raw(pixels), fitted, names)
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
@@ -161,9 +159,10 @@ class Detector:
             pixels, lambda o: (scoring.raw_scores(o), o.x_hat.cpu(), scoring.heat_map(o, fitted))
         )
         raws, x_hats, heats = zip(*parts)
-        scores = self.calibrated(joined(raws))[self.config.score]
+        name = self.config.score
+        verdicts = self.verdicts(scoring.all_scores(joined(raws), fitted, [name])[name])
         x_hat = from_input(torch.cat(x_hats), pixels, self.scale)
-        return self.verdicts(scores), x_hat, torch.cat(heats).cpu()
+        return verdicts, x_hat, torch.cat(heats).cpu()
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""

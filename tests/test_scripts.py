@@ -33,7 +33,7 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
         *((name, ["--recipe=calibratd"], "did you mean 'calibrated'?") for name in trains),
         *((name, ["--recipe=qqq"], "known: calibrated, digits, mnist, paper") for name in trains),
         ("benchmark", ["--recipe", "../x"], "no such recipe"),
-        ("benchmark", ["--recipe=digits", "--categories", "3", "11"], "has no '11'"),
+        ("benchmark", ["--recipe=digits", "--categories", "3", "11"], "not 11"),
         ("benchmark", ["--dataset=mnist", "--data-root", empty, "--experiment=x"], "10 categories"),
         ("ablate", ["--categories", "bottle", "screw", "--data-root", empty],
          "data of 2 of 2 categories is missing (bottle, screw)"),
