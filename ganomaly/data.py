@@ -106,20 +106,14 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
-def train_folder(folder: Path) -> Path:
-    """Where a category's normal images are: in train/good, else in the folder itself."""
-    good = folder / "train" / "good"
-    return good if good.is_dir() or not image_files(folder, deep=False) else folder
-
-
 def train_files(folder: Path) -> list[Path]:
-    """The normal images of a category. Those in sub-folders too, if they are in train/good."""
-    place = train_folder(folder)
-    return image_files(place, deep=place != folder)
+    """A category's normal images: in train/good and its sub-folders, else in the folder itself."""
+    good = folder / "train" / "good"
+    return image_files(good) if good.is_dir() else image_files(folder, deep=False)
 
 
 def is_category(folder: Path) -> bool:
-    return train_folder(folder).is_dir()
+    return (folder / "train" / "good").is_dir() or bool(train_files(folder))
 
 
 def categories_in(root: Path) -> list[str]:
@@ -197,7 +191,7 @@ def content_hash(paths: list[Path], folder: Path) -> str:
 def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
     train = train_files(folder)
-    kept, held_out = split_calibration(len(train), config, train_folder(folder))
+    kept, held_out = split_calibration(len(train), config, folder)
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
