@@ -6,22 +6,20 @@ import os
 import sys
 from pathlib import Path
 
-from ganomaly.config import (
-    DATASET_DEFAULTS,
-    EXPERIMENTS,
-    FIELDS,
-    Config,
-    allowed,
-    checked,
-    is_name,
-    load,
-    nearest,
-)
+from ganomaly import config as configuration
+from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, Config, allowed, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import model_file
 from ganomaly.scoring import SCORES
 
 RUNS = EXPERIMENTS  # where runs go without --experiments-dir
+# How argparse reads the value of a field, by the field's type
+READ = {
+    "int": {"type": int, "metavar": "INT"},
+    "float": {"type": float, "metavar": "FLOAT"},
+    "str": {"metavar": "STR"},
+    "bool": {"action": argparse.BooleanOptionalAction},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,20 +37,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
     def add_config_flags(self) -> None:
-        """--config and one flag a Config field, with dashes."""
         others = ", ".join(DATASET_DEFAULTS)
         group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():
             choices = f": {allowed(key)}" if "choices" in key.metadata else ""
             default = "" if name in ("dataset", "category") else f" [{key.default}]"
-            # A bool's flag may stand alone: --flag is --flag true
-            switch = {"nargs": "?", "const": "true"} if str(key.type) == "bool" else {}
             group.add_argument(
                 "--" + name.replace("_", "-"),
-                metavar=str(key.type).split()[0].upper(),
                 help=key.metadata["help"] + choices + default,
-                **switch,
+                **READ[str(key.type).split()[0]],
             )
 
     def given(self, args: argparse.Namespace) -> dict:
@@ -62,24 +56,11 @@ class Parser(argparse.ArgumentParser):
         """
         values = {}
         if args.config:
-            values = dataclasses.asdict(load(args.config))
+            values = dataclasses.asdict(configuration.load(args.config))
             if args.dataset not in (None, values["dataset"]):
                 values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
-        for name, key in FIELDS.items():
-            text = getattr(args, name, None)
-            if text is not None:
-                values[name] = from_text(key, text)
-        return values
-
-
-def from_text(key: dataclasses.Field, text: str):
-    if str(key.type) == "bool":
-        return {"true": True, "false": False}.get(text.lower(), text)
-    kind = {"int": int, "float": float}.get(str(key.type), str)
-    try:
-        return kind(text)
-    except ValueError:
-        return checked(key, text)
+        given = {name: vars(args)[name] for name in FIELDS}
+        return values | {name: value for name, value in given.items() if value is not None}
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -120,17 +101,12 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
     return args.categories or ([args.category] if args.category else None)
 
 
-def quantile(text: str) -> float:
-    return checked(FIELDS["quantile"], float(text))
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model's file; its score and its threshold's quantile."""
     parser.add_argument(
         "--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt"
     )
     parser.add_argument(
-        "--quantile", type=quantile, metavar="FLOAT",
+        "--quantile", type=float, metavar="FLOAT",
         help="share of normal images under the threshold [as trained]",
     )  # fmt: skip
     parser.add_argument("--score", choices=SCORES, metavar="NAME", help="[the model's own]")

@@ -184,7 +184,6 @@ def from_json(text: str | bytes, source="config") -> Config:
 
 
 def load(path: Path) -> Config:
-    """A Config from a JSON file."""
     return from_json(path.read_bytes(), path)
 
 

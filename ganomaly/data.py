@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config, nearest
-from ganomaly.errors import UserError, flag
+from ganomaly.config import Config
+from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
 from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
 from ganomaly.masks import load_masks, mask_files
-from ganomaly.paths import SUFFIXES, THUMBNAILS, image_files, note_left_out
+from ganomaly.paths import THUMBNAILS, image_files, note_left_out
 
 MVTEC = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill",
@@ -58,10 +58,10 @@ class Category:
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
     """The images of one run. UserError where they are missing, unreadable or too few."""
+    check_class(config)
     root = data_root_of(config.dataset, data_root)
     if config.in_folders:
         return load_folder(config, root)
-    check_class(config)
     return load_one_class_out(config, *arrays(config.dataset, root, download))
 
 
@@ -71,21 +71,18 @@ def data_root_of(dataset: str, data_root: Path | None) -> Path:
 
 def check_category(config: Config, data_root: Path | None) -> None:
     """UserError where there is no such category, before any image is read."""
+    check_class(config)
     if config.in_folders:
         category_folder(config, data_root)
-    else:
-        check_class(config)
 
 
 def check_class(config: Config) -> None:
     """UserError where the data set has fixed category names and this is none of them."""
     known = CLASSES.get(config.dataset)
-    if known is None or config.category in known:
-        return
-    if config.category is None:
-        raise UserError(f"category: {config.dataset} needs one of {', '.join(known)}")
-    hint = f"{nearest(config.category, known)}; --dataset names another data set"
-    raise UserError(f"category: {config.dataset} has no {config.category!r}; {hint}")
+    if known and config.category not in known:
+        names = f"{', '.join(known)}, not {config.category}"
+        message = f"category: {config.dataset} needs one of {names}"
+        raise UserError(f"{message}; --dataset names another data set")
 
 
 # Folders: MVTec AD's layout
@@ -100,36 +97,23 @@ def category_name(config: Config, data_root: Path | None) -> str:
 def category_folder(config: Config, data_root: Path | None) -> Path:
     """The category's folder; UserError where there is nothing in it to train on."""
     root = data_root_of(config.dataset, data_root)
-    check_class(config)
     folder = root / config.category if config.category else root
     if is_category(folder):
         return folder
     hint = HINTS[config.dataset]
-    if is_category(root):
-        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
-    elif named := ", ".join(sorted(path.name for path in folder.glob("train/*"))[:5]):
-        hint = f"train/ has {named} there; the folder of the good images has to be named good"
-    elif there := categories_in(root):
+    if there := categories_in(root):
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
-def train_folder(folder: Path) -> Path:
-    """Where a category's normal images are: in train/good, else in the folder itself."""
-    good = folder / "train" / "good"
-    if good.is_dir() or not folder.is_dir():
-        return good
-    return folder if image_files(folder, deep=False) else good
-
-
 def train_files(folder: Path) -> list[Path]:
-    """The normal images of a category. Those in sub-folders too, if they are in train/good."""
-    place = train_folder(folder)
-    return image_files(place, deep=place != folder)
+    """A category's normal images: in train/good and its sub-folders, else in the folder itself."""
+    good = folder / "train" / "good"
+    return image_files(good) if good.is_dir() else image_files(folder, deep=False)
 
 
 def is_category(folder: Path) -> bool:
-    return train_folder(folder).is_dir()
+    return (folder / "train" / "good").is_dir() or bool(train_files(folder))
 
 
 def categories_in(root: Path) -> list[str]:
@@ -207,7 +191,7 @@ def content_hash(paths: list[Path], folder: Path) -> str:
 def load_folder(config: Config, root: Path) -> Category:
     folder = category_folder(config, root)
     train = train_files(folder)
-    kept, held_out = split_calibration(len(train), config, train_folder(folder))
+    kept, held_out = split_calibration(len(train), config, folder)
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
@@ -278,10 +262,8 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
             parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
         # Not there, damaged or offline
-        folder = root / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset]
-        reason = " ".join(str(error).split())
-        hint = reason if download else f"{flag('--download')} fetches it"
-        raise UserError(f"no complete {dataset} in {folder}; {hint}") from None
+        hint = "" if download else f"; {flag('--download')} fetches it"
+        raise UserError(f"no complete {dataset} in {root}{hint}{reason_of(error)}") from None
     images = [np.asarray(image) for part in parts for image in part.data]
     return images, np.concatenate([np.asarray(part.targets) for part in parts])
 
@@ -323,8 +305,8 @@ def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n - held_out < MIN_TRAIN:
         raise UserError(
-            f"{where}: {n} training images ({', '.join(sorted(SUFFIXES))}); calibration takes "
-            f"{held_out}, training needs {MIN_TRAIN}: add images or lower --calibration-fraction"
+            f"{where}: {n} training images; calibration takes {held_out}, training needs "
+            f"{MIN_TRAIN}: add images or lower --calibration-fraction"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values

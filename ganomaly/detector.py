@@ -23,7 +23,7 @@ from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_all, read_images
 from ganomaly.networks import build
-from ganomaly.packed import can_pack, packed
+from ganomaly.packed import packed
 from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
 
 PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
@@ -65,7 +65,8 @@ class Detector:
             network.to(self.device, memory_format=torch.channels_last)
             network.eval().requires_grad_(False)
         self.scoring_networks = dict(self.networks)
-        if can_pack(self.device):  # the comparator's 3x3 layers would gain nothing
+        if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            # The comparator's 3x3 layers would gain nothing
             for name in ("generator", "discriminator"):
                 self.scoring_networks[name] = packed(self.networks[name])
 
@@ -84,36 +85,26 @@ class Detector:
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:
         """One batch, uint8 (B, C, S, S) -> Outputs."""
-        x = to_input(pixels, self.device, self.scale)
-        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return outputs_of(self.scoring_networks, x)
+        return outputs_of(self.scoring_networks, to_input(pixels, self.device, self.scale))
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
         self.calibration = scoring.calibrate(self.raw(pixels), self.config.seed)
-        self.set_quantile(self.config.quantile)
-
-    @property
-    def missing_scores(self) -> set[str]:
-        """Scores that the code has and this calibration lacks; calibrate() adds them."""
-        return set(self.config.scores) - self.calibration.scores.keys()
+        self.set_quantile()
 
     @property
     def normal(self) -> Tensor:
         """The headline scores of the calibration images: (n,) float32, sorted."""
         return self.calibration.scores[self.config.score]
 
-    def set_quantile(self, quantile: float, score: str | None = None) -> float:
-        """Move the threshold; returns the expected share of normal images above it.
-
-        score: another headline score from now on.
-        """
+    def set_quantile(self, quantile: float | None = None, score: str | None = None) -> None:
+        """Move the threshold: to another quantile, or to that of another headline score."""
+        quantile = self.config.quantile if quantile is None else quantile
         score = score or self.config.score
         if score not in self.calibration.scores:
             raise UserError(f"score: {score} is none of {', '.join(self.calibration.scores)}")
         self.config = self.config.replace(quantile=quantile, score=score)
-        self.threshold, above = scoring.threshold_at(self.normal, quantile)
-        return above
+        self.threshold = scoring.threshold_at(self.normal, quantile)
 
     def __call__(self, images: Tensor | np.ndarray | str | Path | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.
@@ -144,7 +135,7 @@ class Detector:
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
         """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
             return [function(self.outputs(batch)) for batch in bar]
 
     def raw(self, pixels: Tensor) -> Raw:
@@ -156,11 +147,8 @@ class Detector:
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        return self.calibrated(self.raw(pixels))
-
-    def calibrated(self, raw: Raw) -> dict[str, Tensor]:
-        statistics, names = self.calibration.statistics, self.calibration.scores
-        return check_finite(scoring.all_scores(raw, statistics, names))
+        fitted, names = self.calibration.statistics, self.calibration.scores
+        return scoring.all_scores(self.raw(pixels), fitted, names)
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
@@ -178,9 +166,10 @@ class Detector:
             pixels, lambda o: (scoring.raw_scores(o), o.x_hat.cpu(), scoring.heat_map(o, fitted))
         )
         raws, x_hats, heats = zip(*parts)
-        scores = self.calibrated(joined(raws))[self.config.score]
+        name = self.config.score
+        verdicts = self.verdicts(scoring.all_scores(joined(raws), fitted, [name])[name])
         x_hat = from_input(torch.cat(x_hats), pixels, self.scale)
-        return self.verdicts(scores), x_hat, torch.cat(heats).cpu()
+        return verdicts, x_hat, torch.cat(heats).cpu()
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""
@@ -199,21 +188,16 @@ def joined(parts: Sequence[Raw]) -> Raw:
     """The raw scores of several batches as one, on the CPU. UserError where one is not finite."""
     scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
     raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
-    check_finite({**raw.scores, "z - z_hat": raw.gaps})
-    return raw
-
-
-def check_finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, values in named.items():
+    for name, values in {**scores, "z - z_hat": raw.gaps}.items():
         if not values.isfinite().all():
             raise UserError(f"{name} is not finite: the training diverged, lower --lr")
-    return named
+    return raw
 
 
 def load_detector(path, device: torch.device) -> Detector:
     """The detector in a model.pt, or in a run's folder; UserError where there is none.
 
-    A model may be older than some scores; see Detector.missing_scores.
+    A model may be older than some scores; calibrate() adds them.
     """
     path = model_file(path)
     try:

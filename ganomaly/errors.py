@@ -86,15 +86,10 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdin = sys.stdin or open(0, closefd=False)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # pytest has others
-            encoding = stream.encoding if stream else "utf-8"
-            utf8 = encoding.lower().replace("-", "") == "utf8"
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # pytest has others
             raw = io.BufferedWriter(Forgiving(number, "w", closefd=False))
-            text = io.TextIOWrapper(
-                raw, encoding, "surrogateescape" if utf8 else "backslashreplace",
-                line_buffering=number == 2 or raw.isatty(),
-            )  # fmt: skip
+            lines = number == 2 or raw.isatty()
+            text = io.TextIOWrapper(raw, "utf-8", "surrogateescape", line_buffering=lines)
             setattr(sys, name, text)
 
 

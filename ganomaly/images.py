@@ -1,11 +1,13 @@
 """Image files of any kind -> square uint8 pixels, decoded by threads."""
 
+import math
 import os
 import sys
 import warnings
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,19 +44,17 @@ class Kind(NamedTuple):
     """What the training images have in common. A model keeps it, to read new images alike."""
 
     full_scale: int = 0  # level that stands for white in 16-bit files; 0: there was no such file
-    aspect: tuple[float, float] | None = None  # smallest and largest width / height
-    colour: tuple[float, float] | None = None  # smallest and largest, see Facts
+    aspect: tuple[float, float] = (0.0, math.inf)  # smallest and largest width / height
+    colour: tuple[float, float] = (0.0, math.inf)  # smallest and largest, see Facts
 
 
 def levels_of(image: Image.Image) -> np.ndarray | None:
     """The levels of a 16-bit image, (h, w) or (h, w, C); None for an image of 8 bits."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-    if image.mode.startswith("I"):  # grey
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65_535:
+    if image.mode[0] in "IF":  # grey
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65_535:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
-        return levels
+        return levels.astype(np.int64)
     if ";16" not in str(getattr(image, "tile", "")):
         if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
             raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
@@ -147,27 +147,18 @@ def read_image(
             return "a pipe, not a file"
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image, image_size, channels, full_scale)
-    except Image.UnidentifiedImageError:
-        return "not an image"
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise errors of any kind
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def decode(paths: Iterable[str | Path], image_size: int, channels: int, full_scale: int = 0):
+def decode(paths: Sequence[str | Path], image_size: int, channels: int, full_scale: int = 0):
     """Yield read_image of every path, in order; threads decode up to AHEAD images in advance."""
+    read = partial(read_image, image_size=image_size, channels=channels, full_scale=full_scale)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque = deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(read_image, path, image_size, channels, full_scale))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for start in range(0, len(paths), AHEAD):
+            yield from pool.map(read, paths[start : start + AHEAD])
 
 
 def read_images(
@@ -191,7 +182,6 @@ def read_images(
 
 
 def kind_of(facts: Sequence[Facts], full_scale: int) -> Kind:
-    """What training images have in common."""
     aspects, colours = [one.aspect for one in facts], [one.colour for one in facts]
     return Kind(full_scale, (min(aspects), max(aspects)), (min(colours), max(colours)))
 
@@ -201,7 +191,7 @@ class Notes:
 
     def __init__(self, kind: Kind):
         self.kind, self.n = kind, 0
-        self.found: dict[str, tuple[int, str | Path]] = {}  # note -> number of images, the first
+        self.found: dict[str, list[str | Path]] = defaultdict(list)  # note -> images
 
     def add(self, path: str | Path, facts: Facts) -> None:
         kind, notes, self.n = self.kind, list(facts.notes), self.n + 1
@@ -209,26 +199,23 @@ class Notes:
             notes.append("have 16 bits, the training images have 8; 65535 is taken as white")
         elif facts.brightest > kind.full_scale:
             notes.append(f"are brighter than {kind.full_scale}, which is white since training")
-        low, high = kind.colour or (facts.colour, facts.colour)
+        low, high = kind.colour
         if facts.colour > COLOURED + 2 * high and high <= COLOURED:
             notes.append("are in colour, the training images are grey")
         elif facts.colour <= GREY and low > COLOURED:
             notes.append("are grey, the training images are in colour")
-        low, high = kind.aspect or (facts.aspect, facts.aspect)
+        low, high = kind.aspect
         if not low / ALIKE <= facts.aspect <= high * ALIKE:
             shapes = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
             notes.append(f"have another width / height than the training images ({shapes})")
         for note in notes:
-            self.count(note, path)
-
-    def count(self, note: str, path: str | Path) -> None:
-        n, first = self.found.get(note, (0, path))
-        self.found[note] = n + 1, first
+            self.found[note].append(path)
 
     def print(self) -> None:
         """One line for each kind of note, on standard error."""
-        for note, (n, first) in self.found.items():
-            print(f"note: {n} of {self.n} images {note}; the first: {first}", file=sys.stderr)
+        for note, paths in self.found.items():
+            text = f"{len(paths)} of {self.n} images {note}; the first: {paths[0]}"
+            print(f"note: {text}", file=sys.stderr)
 
 
 def note_all(paths: Iterable[str | Path], facts: Iterable[Facts], kind: Kind) -> None:

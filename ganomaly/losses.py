@@ -1,7 +1,7 @@
 """The paper's losses (arXiv 1805.06725, section 3.3), each headed by its formula.
 
-All take any floating type and return a float32 scalar (float64 for float64 inputs), because half
-precision is too coarse for sums over thousands of pixels.
+All take any floating type and return a float32 scalar, because half precision is too coarse for
+sums over thousands of pixels.
 """
 
 import torch
@@ -9,16 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def as_float32(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def adversarial(f: Tensor, f_hat: Tensor) -> Tensor:
     """L_adv = mean (f(x) - f(x_hat))^2   (eq. 1; the mean square of the released code)
 
     f, f_hat: the discriminator's features (B, K, 4, 4) of x and x_hat.
     """
-    return F.mse_loss(as_float32(f_hat), as_float32(f))
+    return F.mse_loss(f_hat.float(), f.float())
 
 
 def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -26,7 +22,7 @@ def contextual(x: Tensor, x_hat: Tensor) -> Tensor:
 
     x, x_hat: images (B, C, S, S), x_hat in [-1, 1].
     """
-    return F.l1_loss(as_float32(x_hat), as_float32(x))
+    return F.l1_loss(x_hat.float(), x.float())
 
 
 def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
@@ -34,7 +30,7 @@ def encoder(z: Tensor, z_hat: Tensor) -> Tensor:
 
     z, z_hat: latents (B, latent_dim).
     """
-    return F.mse_loss(as_float32(z_hat), as_float32(z))
+    return F.mse_loss(z_hat.float(), z.float())
 
 
 def discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ def discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
     real, fake: logits (B,) of x and of x_hat.
     """
-    real, fake = as_float32(real), as_float32(fake)
+    real, fake = real.float(), fake.float()
     return 0.5 * (
         F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
         + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
@@ -55,7 +51,7 @@ def comparator(logits: Tensor, mask: Tensor) -> Tensor:
     logits: (B, S, S), of "this pixel is corrupted"; mask: (B, S, S), 1 where it is, else 0.
     p is the probability of the true answer. Corrupted pixels are few and have w = 5, others 1.
     """
-    mask = as_float32(mask)
-    cross_entropy = F.binary_cross_entropy_with_logits(as_float32(logits), mask, reduction="none")
+    mask = mask.float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
     missed = (1 - torch.exp(-cross_entropy)).square()
     return ((1 + 4 * mask) * missed * cross_entropy).mean()

@@ -58,8 +58,7 @@ def load_masks(
     if not defective or not folders:
         return None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = (pool.submit(load_mask, masks[i], facts[i].aspect, image_size) for i in defective)
-        read = [future.result() for future in list(work)]
+        read = list(pool.map(lambda i: load_mask(masks[i], facts[i].aspect, image_size), defective))
     wrong = [(reason, test[i][0]) for i, reason in zip(defective, read) if isinstance(reason, str)]
     if wrong:
         reason, first = wrong[0]

@@ -37,7 +37,7 @@ def leaky_relu() -> nn.Module:
 def downsampling(config: Config) -> nn.Sequential:
     """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU.
 
-    Both encoders and the discriminator have these layers. The decoder mirrors them.
+    The decoder mirrors these layers.
     """
     plan, width = channel_plan(config.image_size, config.width), config.width
     layers = [nn.Conv2d(config.channels, width, 4, 2, 1, bias=False), leaky_relu()]
@@ -48,19 +48,14 @@ def downsampling(config: Config) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def head(config: Config, outputs: int) -> nn.Module:
-    """Features (B, channel_plan[-1], 4, 4) -> (B, outputs, 1, 1)."""
-    last = channel_plan(config.image_size, config.width)[-1]
-    return nn.Conv2d(last, outputs, 4, 1, 0, bias=False)
-
-
 class Encoder(nn.Module):
     """Image (B, channels, S, S) -> latent (B, latent_dim)."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.features = downsampling(config)
-        self.head = head(config, config.latent_dim)
+        last = channel_plan(config.image_size, config.width)[-1]
+        self.head = nn.Conv2d(last, config.latent_dim, 4, 1, 0, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)).flatten(1)
@@ -102,13 +97,14 @@ class Generator(nn.Module):
         return z, x_hat, z_hat
 
 
-class Discriminator(nn.Module):
-    """Image (B, channels, S, S) -> (logit (B,), features (B, channel_plan[-1], 4, 4))."""
+class Discriminator(Encoder):
+    """Image (B, channels, S, S) -> (logit (B,), features (B, channel_plan[-1], 4, 4)).
+
+    An encoder to one number.
+    """
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.features = downsampling(config)
-        self.head = head(config, 1)
+        super().__init__(config.replace(latent_dim=1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x)

@@ -41,11 +41,3 @@ def packed(module: nn.Module) -> nn.Module:
     copied = copy.copy(module)
     copied._modules = {name: packed(child) for name, child in module._modules.items()}
     return copied
-
-
-def can_pack(device: torch.device) -> bool:
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(OPERATORS, "_convolution_transpose_pointwise")
-    )

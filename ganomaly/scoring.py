@@ -236,16 +236,15 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
 # Threshold and p-values: split conformal prediction
 
 
-def threshold_at(normal: Tensor, quantile: float) -> tuple[float, float]:
-    """A threshold, and the expected share of normal images above it.
+def threshold_at(normal: Tensor, quantile: float) -> float:
+    """A threshold; share_above is the expected share of normal images above it.
 
     normal: (n,) scores of normal images that neither training nor the statistics have seen. The
     threshold is the score of rank ceil((n + 1) quantile); at most 1 - quantile is expected above
     it. With fewer than quantile / (1 - quantile) images there is no such rank: then it is the
     largest score, and 1 / (n + 1) is expected above it.
     """
-    rank = rank_at(len(normal), quantile)
-    return float(normal.sort().values[rank - 1]), share_above(len(normal), quantile)
+    return float(normal.sort().values[rank_at(len(normal), quantile) - 1])
 
 
 def rank_at(n: int, quantile: float) -> int:
@@ -262,8 +261,7 @@ def p_values(normal: Tensor, scores: Tensor) -> Tensor:
     """Share of normal images that score as high: (N,) float64, at least 1 / (n + 1).
 
     normal: (n,) as in threshold_at. For any p, at most a share p of normal images has a p-value of
-    at most p. A score is above the threshold if and only if its p-value is at most the share that
-    threshold_at returns.
+    at most p. A score is above the threshold if and only if its p-value is at most share_above.
     """
     below = torch.searchsorted(normal.sort().values, scores.contiguous())  # strictly below
     return (1 + len(normal) - below).double() / (1 + len(normal))

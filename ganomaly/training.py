@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,8 +106,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                 f"{flag('--force')} starts anew{reason_of(error)}"
             ) from None
         step, seconds = state["step"], state["seconds"]
-    pairs = [pair for name in averages for pair in float_tensors(averages[name], networks[name])]
-    averaged, latest = map(list, zip(*pairs))
+    averaged = float_tensors(averages.values())
+    latest = float_tensors(networks[name] for name in averages)
 
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. A CUDA
@@ -188,7 +189,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                     f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
                     "the last checkpoint is kept"
                 )
-            if save and not all_finite(*networks.values()):
+            if save and not all_finite(float_tensors(networks.values())):
                 raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
@@ -209,16 +210,15 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     return Trained({**networks, **averages}, scale, seconds, speed)
 
 
-def float_tensors(*networks: nn.Module) -> list[tuple[Tensor, ...]]:
-    """A tuple for each parameter and BatchNorm statistic of equal networks, detached."""
-    states = zip(*(network.state_dict().values() for network in networks))
-    return [tensors for tensors in states if tensors[0].is_floating_point()]
+def float_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
+    """Every parameter and BatchNorm statistic of the networks, detached."""
+    values = [value for network in networks for value in network.state_dict().values()]
+    return [value for value in values if value.is_floating_point()]
 
 
-def all_finite(*networks: nn.Module) -> bool:
-    """Whether every weight is finite; one wait for the device."""
-    weights = [p for network in networks for p in network.parameters()]
-    return bool(torch.stack([p.isfinite().all() for p in weights]).all())
+def all_finite(tensors: list[Tensor]) -> bool:
+    """One wait for the device."""
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -33,7 +33,7 @@ def main(argv=None) -> int:
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
     config, output = detector.config, args.output or args.model.with_name("calibrated.pt")
-    detector.set_quantile(args.quantile or config.quantile, args.score)
+    detector.set_quantile(args.quantile, args.score)
     paths = [path for text in args.images for path, _ in find_images(text)]
     check_output(output, [args.model, *paths])
     images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)

@@ -43,7 +43,7 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, torch.device("cpu"))
     c = detector.config
-    detector.set_quantile(args.quantile or c.quantile, args.score)
+    detector.set_quantile(args.quantile, args.score)
     check_output(output, [args.model])
     if to_onnx and args.model.stat().st_size > 2e9:
         raise UserError(f"{args.model}: over 2 GB, too large for ONNX; name a .pt2 file")

@@ -53,7 +53,7 @@ def main(argv=None) -> int:
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
-    detector.set_quantile(args.quantile or detector.config.quantile, args.score)
+    detector.set_quantile(args.quantile, args.score)
     items = [item for text in args.images for item in find_images(text)]
     inputs = [args.model, *(path for path, _ in items)]
     if args.output:
@@ -172,7 +172,7 @@ def judged(
     """Yield the rows of each batch of items."""
     config, white = detector.config, detector.kind.full_scale
     threshold = f"{detector.threshold:.9g}"
-    results = decode((path for path, _ in items), config.image_size, config.channels, white)
+    results = decode([path for path, _ in items], config.image_size, config.channels, white)
     starts = range(0, len(items), detector.batch)
     for start in tqdm(starts, "scoring", unit="batch", leave=False, disable=None):
         batch = list(zip(items[start : start + detector.batch], results))
@@ -201,7 +201,7 @@ def judged(
                     except OSError as error:
                         if error.errno != errno.ENAMETOOLONG:
                             raise
-                        notes.count("have a name that is too long for a heat map", path)
+                        notes.found["have a name that is too long for a heat map"].append(path)
         yield rows
 
 

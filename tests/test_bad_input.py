@@ -50,14 +50,14 @@ RAMP = np.arange(1600).reshape(40, 40)
 # name, content, what its row says: a part of the reason, or None where it is read; test_data has
 # every mode
 IMAGES = [
-    ("zero.png", b"", "not an image"),
-    ("text.png", b"hello", "not an image"),
-    ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an"),
+    ("zero.png", b"", "cannot identify"),
+    ("text.png", b"hello", "cannot identify"),
+    ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot"),
     ("cut.png", bytes_of("png")[:900], "truncated"),
     ("cut.webp", bytes_of("webp")[:300], ""),
     ("crc.png", bytes_of("png").replace(b"IDAT", b"IDAX", 1), ""),
     ("bomb.png", bomb(), "exceeds limit"),
-    ("float.tif", packed("tiff", Image.fromarray(RAMP.astype(np.float32))), "floating-point"),
+    ("float.tif", packed("tiff", Image.fromarray(RAMP.astype(np.float32))), "32-bit"),
     ("negative.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) - 800)), "32-bit"),
     ("wide.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) + 70_000)), "32-bit"),
     ("moving.webp", animation("webp"), None),

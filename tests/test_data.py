@@ -124,7 +124,7 @@ def test_missing_data_names_the_folder_and_the_mend(tmp_path):
     for values, root, words in (
         (dict(category="bottle"), tmp_path, f"no folder {tmp_path}/bottle/train/good.*make downl"),
         (dict(category="3"), tmp_path, "--dataset names another"),
-        (dict(category="botle"), tmp_path, "did you mean 'bottle'"),
+        (dict(category="botle"), tmp_path, "needs one of bottle, .*, not botle"),
         (dict(dataset="mnist", category="3"), tmp_path, "--download .*fetches it"),
         (dict(dataset="cifar10"), tmp_path, "needs one of plane"),
     ):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import torch
 
-from ganomaly.files import locked
+from ganomaly.files import locked, write_json
 from ganomaly.runs import provenance
 
 from .conftest import (
@@ -170,6 +170,9 @@ def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finis
     whole = torch.load(path)
     old = {name: s for name, s in whole["scores"].items() if name != "feature"}
     torch.save({**whole, "scores": old}, path)
+    metrics = read_json(finished / "metrics.json")
+    metrics["provenance"]["code"]["scoring.py"] = "older"
+    write_json(finished / "metrics.json", metrics)
     printed(script("predict", "--model", path, "--images", parts / "parts/test"))
     out = printed(script("evaluate", *train_words(parts, tmp_path)))
     assert "changed   nothing" in out and numbers(finished) == before

@@ -18,7 +18,14 @@ from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
 from ganomaly.packed import Packed, packed
-from ganomaly.scoring import calibrate, fit_whitening, p_values, threshold_at, whitened
+from ganomaly.scoring import (
+    calibrate,
+    fit_whitening,
+    p_values,
+    share_above,
+    threshold_at,
+    whitened,
+)
 
 from .conftest import CPU, ROOT, images
 
@@ -255,11 +262,12 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
         everything = gaps(n + fresh, dim, seed=draw)
         normal, test = raw_scores(everything[:n]), raw_scores(everything[n:])
         calibration = calibrate(normal, seed=draw)
-        threshold, named = threshold_at(calibration.scores[score], quantile)
+        threshold = threshold_at(calibration.scores[score], quantile)
+        named = share_above(n, quantile)
         scores = scoring.all_scores(test, calibration.statistics)[score]
         alarms += int((scores > threshold).sum())
         fitted = scoring.all_scores(normal, calibration.statistics)[score]
-        in_sample += int((scores > threshold_at(fitted, quantile)[0]).sum())
+        in_sample += int((scores > threshold_at(fitted, quantile)).sum())
     trials = draws * fresh
     # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.
     error = math.sqrt(named * (1 - named) * (1 / trials + 1 / (draws * n)))
@@ -275,7 +283,8 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
 def test_threshold_is_the_conformal_rank():
     for n, quantile, rank in ((19, 0.95, 19), (42, 0.95, 41), (10, 0.95, 10), (9, 1e-12, 1)):
         scores = torch.arange(1, n + 1).float().flip(0)
-        assert threshold_at(scores, quantile) == (rank, 1 - rank / (n + 1))
+        assert threshold_at(scores, quantile) == rank
+        assert share_above(n, quantile) == 1 - rank / (n + 1)
 
 
 def test_there_are_five_folds_of_equal_size(monkeypatch):
@@ -331,7 +340,7 @@ def test_p_values_are_ranks_and_agree_with_the_threshold():
     p = p_values(normal, fresh)
     assert p.min() >= 1 / 41 and p.max() == 1
     for quantile in (0.5, 0.9, 0.95, 0.99):
-        threshold, above = threshold_at(normal, quantile)
+        threshold, above = threshold_at(normal, quantile), share_above(40, quantile)
         assert torch.equal(fresh > threshold, p <= above + 1e-12)
     assert p_values(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0])) == 0.75  # ties count
 

@@ -109,7 +109,6 @@ def test_losses_are_means_in_float32_whatever_comes_in():
     for name in ("adversarial", "contextual", "encoder", "discriminator", "comparator"):
         loss = getattr(losses, name)
         assert loss(a, b).dtype == torch.float32
-        assert loss(a.double(), b.double()).dtype == torch.float64
     # The float16 sum of 70,000 ones is infinite
     many = torch.ones(70_000, dtype=torch.float16)
     assert losses.contextual(many, torch.zeros_like(many)).item() == 1

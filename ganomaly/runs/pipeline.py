@@ -176,7 +176,7 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
     # Scores that are newer than the model, or of another formula now, are calibrated again
-    if detector.missing_scores or changed_code(before["provenance"].get("code")):
+    if changed_code(before["provenance"].get("code")):
         detector.calibrate(category.calibration)
         write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
