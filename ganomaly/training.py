@@ -20,7 +20,7 @@ from ganomaly import losses, replay
 from ganomaly.batches import Batches, fitted_scale, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
-from ganomaly.errors import UserError, flag, lost_device, out_of_memory, reason_of
+from ganomaly.errors import UserError, flag
 from ganomaly.networks import build, initialise
 
 LOG_EVERY = 50  # steps between log records; only then does the host wait for the device
@@ -44,8 +44,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     networks, scale) may look at the networks before each recorder.save(state). recorder.progress is
     a tqdm.
 
-    UserError where the checkpoint is of other images, other code or another kind of device, and
-    where a loss or a weight is not finite. The last checkpoint stays.
+    UserError where the checkpoint is of other images or another kind of device, and where a loss or
+    a weight is not finite. The last checkpoint stays.
     """
     # Networks, optimisers, data. One random stream serves initialisation and batches. The
     # comparator has its own, so that the generator is the same with and without one
@@ -85,25 +85,17 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     # Go on from a checkpoint, exactly
     if (state := recorder.load()) is not None:
-        if state["images"] != fingerprint:
+        there, here = (state["images"], state["device"]), (fingerprint, device.type)
+        if there != here:
             raise UserError(
-                f"the training images changed since the checkpoint; {flag('--force')} starts anew"
+                "the checkpoint is of other training images or another kind of device; "
+                f"{flag('--force')} starts anew"
             )
-        try:
-            if state["device"] != device.type:
-                raise ValueError(f"made on {state['device']}, asked for on {device.type}")
-            for name, part in stateful.items():
-                if state[name]:  # empty for a scaler that is off
-                    part.load_state_dict(state[name])
-            for name, value in state["sums"].items():
-                sums[name].copy_(value)
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if out_of_memory(error) or lost_device(error):
-                raise
-            raise UserError(
-                "the checkpoint is of other code or another kind of device; "
-                f"{flag('--force')} starts anew{reason_of(error)}"
-            ) from None
+        for name, part in stateful.items():
+            if state[name]:  # empty for a scaler that is off
+                part.load_state_dict(state[name])
+        for name, value in state["sums"].items():
+            sums[name].copy_(value)
         step, seconds = state["step"], state["seconds"]
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)

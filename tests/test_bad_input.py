@@ -130,7 +130,7 @@ def edit(path, **changes):
 
 def of_other_weights(path):
     state = torch.load(path, weights_only=True)
-    generator = state.get("networks", state)["generator"]
+    generator = state["networks"]["generator"]
     generator[WEIGHTS] = generator[WEIGHTS][:1]
     torch.save(state, path)
 
@@ -152,7 +152,6 @@ DAMAGES = [
     ("model gone", lambda f: (f / "model.pt").unlink(), "train", None),
     ("model gone, evaluated", lambda f: (f / "model.pt").unlink(), "evaluate", "no finished run"),
     ("model of other weights", lambda f: of_other_weights(f / "model.pt"), "evaluate", UNFIT),
-    ("checkpoint of others", lambda f: of_other_weights(unfinished(f) / "last.pt"), "train", UNFIT),
     ("config of another version", lambda f: edit(f / "config.json", depth=3), "train", "depth"),
     ("config edited", lambda f: edit(f / "config.json", lr=0.5), "train", "lr (0.5 there"),
     ("config gone", lambda f: (f / "config.json").unlink(), "train", "config.json is gone"),
