@@ -101,7 +101,9 @@ def category_folder(config: Config, data_root: Path | None) -> Path:
     if is_category(folder):
         return folder
     hint = HINTS[config.dataset]
-    if there := categories_in(root):
+    if is_category(root):
+        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
+    elif there := categories_in(root):
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
 

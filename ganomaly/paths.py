@@ -56,8 +56,9 @@ def note_left_out(folder: Path, used: Iterable[str | Path]) -> None:
         elif path not in used and is_image(path):
             reasons[f"in {os.path.relpath(os.path.dirname(path), folder)}"] += 1
     if reasons:
-        counts = [f"{n} {reason}" for reason, n in reasons.most_common()]
-        print(f"note: images left out of {folder}: {', '.join(counts)}", file=sys.stderr)
+        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(5))
+        text = f"{reasons.total()} images left out of {folder}: {counts}"
+        print(f"note: {text}", file=sys.stderr)
 
 
 # A path, and a name for what is made of it: relative to the folder that was asked for. Both are
