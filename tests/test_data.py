@@ -138,7 +138,7 @@ def test_advice_names_what_is_there(tmp_path):
     for config, root, advice in (
         (folder(None), tmp_path / "set", "there: bottle; choose one with --category .CATEGORY=."),
         (folder("screw"), tmp_path / "set", "categories there: bottle; choose one"),
-        (folder("bottle"), tmp_path / "set/bottle", f"category itself: .*--data-root {tmp_path}/set"),
+        (folder("bottle"), tmp_path / "set/bottle", "category itself: .* --data-root .*/set$"),
     ):
         with pytest.raises(UserError, match=advice):
             data.load(config, root)
