@@ -7,12 +7,12 @@
 # IMAGES holds bottle, screw, transistor and, for the last part but one, MNIST. OUT takes the logs and
 # the tables. PYTHON names an interpreter with the requirements. A rehearsal on a CPU:
 #
-#     DEVICE=cpu STEPS=10 MNIST_STEPS=10 SIZES=64 SEEDS=43 SPEED="--only roof" \
+#     DEVICE=cpu STEPS=10 MNIST_STEPS=10 SIZES=64 MORE_SEEDS=43 SPEED="--only roof" \
 #         bash experiments/speed/gpu.sh IMAGES OUT
 set -u
 images=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "$0")/../.."
-: "${DEVICE:=cuda}" "${STEPS:=3000}" "${MNIST_STEPS:=11800}" "${SIZES:=64 128 256}" "${SEEDS:=43 44}"
+: "${DEVICE:=cuda}" "${STEPS:=3000}" "${MNIST_STEPS:=11800}" "${SIZES:=64 128 256}" "${MORE_SEEDS:=43 44}"
 : "${SPEED:=--only roof training --seconds 1 --threads 1}"
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python} DEVICE
 
@@ -51,4 +51,4 @@ for i, name in enumerate(MVTEC):
     draw_category(Path('experiments/local/gpu/drawn', name), 240, 30, 50, seed=i)"
 benchmark fifteen paper DATASET=mvtec DATA_ROOT=experiments/local/gpu/drawn ARGS="--steps $STEPS"
 benchmark mnist mnist DATA_ROOT="$images" ARGS="--steps $MNIST_STEPS"
-sizes "$SEEDS"
+sizes "$MORE_SEEDS"
