@@ -14,7 +14,7 @@ images=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "$0")/../.."
 : "${DEVICE:=cuda}" "${STEPS:=3000}" "${MNIST_STEPS:=11800}" "${SIZES:=64 128 256}" "${MORE_SEEDS:=43 44}"
 : "${SPEED:=--only roof training --seconds 1 --threads 1}"
-export PYTHON=${PYTHON:-$PWD/.venv/bin/python} DEVICE
+export PYTHON=${PYTHON:-$PWD/.venv/bin/python} DEVICE # make takes both from here
 
 part() { # name, command
     local name=$1 start=$SECONDS
@@ -30,7 +30,7 @@ part() { # name, command
 benchmark() { # experiment, recipe, further words of make
     local name=$1 recipe=$2
     shift 2
-    part "$name" make benchmark RECIPE="$recipe" EXPERIMENT="local/gpu/$name" DEVICE="$DEVICE" "$@"
+    part "$name" make benchmark RECIPE="$recipe" EXPERIMENT="local/gpu/$name" "$@"
 }
 
 sizes() { # seeds
@@ -42,7 +42,7 @@ sizes() { # seeds
 
 part cuda_tests "$PYTHON" -m pytest -q -m cuda
 sizes 42
-part speed make speed EXPERIMENT=local/gpu/speed DEVICE="$DEVICE" ARGS="$SPEED"
+part speed make speed EXPERIMENT=local/gpu/speed ARGS="$SPEED"
 part draw "$PYTHON" -c "
 from pathlib import Path
 from ganomaly.data import MVTEC
