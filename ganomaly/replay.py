@@ -79,9 +79,9 @@ class Replayed:
             self.replay, self.inputs = replay, held
 
 
-def worth_recording(steps: int, device: torch.device, scaler: torch.amp.GradScaler) -> bool:
-    """Whether to record: on CUDA, not in short runs, not in fp16 (its scaler waits for the GPU)."""
-    return device.type == "cuda" and steps >= MIN_STEPS and not scaler.is_enabled()
+def worth_recording(steps: int, device: torch.device) -> bool:
+    """Whether to record: on CUDA, and not in short runs."""
+    return device.type == "cuda" and steps >= MIN_STEPS
 
 
 def record(step: Callable, inputs: list[Tensor], stream: torch.cuda.Stream) -> Callable[[], None]:

@@ -147,9 +147,11 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     # On a GPU the step is recorded once and then replayed
     update = one_step
-    if replay.worth_recording(config.steps - step, device, scaler):
+    if replay.worth_recording(config.steps - step, device):
         update = replay.Replayed(
-            one_step, lambda: [sums, *(part.state_dict() for part in learning.values())], device
+            one_step,
+            lambda: [sums, vars(scaler), *(part.state_dict() for part in learning.values())],
+            device,
         )
 
     start = time.perf_counter()
