@@ -226,16 +226,21 @@ def load_folder(config: Config, root: Path) -> Category:
 
 def note_repeated(category: Category, normal: Tensor) -> None:
     """Print how many images are copies of others in train/good (n, C, S, S)."""
-    known = {hash(image.tobytes()) for image in normal.numpy()}
+    known = set(fingerprints(normal))
     if len(known) < len(normal):
         counts = f"{len(normal) - len(known)} of {len(normal)} images of train/good are copies"
         message = f"{counts} of others, so there will be more false alarms than expected"
         print(f"note: {category.name}: {message}", file=sys.stderr)
-    test = zip(category.test_paths, category.test.numpy())
-    again = [path for path, image in test if hash(image.tobytes()) in known]
+    test = zip(category.test_paths, fingerprints(category.test))
+    again = [path for path, mark in test if mark in known]
     if again:
         counts = f"{len(again)} of {len(category.test)} test images are training images too"
         print(f"note: {category.name}: {counts}; the first: {again[0]}", file=sys.stderr)
+
+
+def fingerprints(pixels: Tensor) -> list[str]:
+    """A hash of every image of uint8 (N, C, S, S). Images with equal pixels have the same hash."""
+    return [hashlib.blake2b(image, digest_size=8).hexdigest() for image in pixels.numpy()]
 
 
 def test_files(folder: Path) -> list[tuple[Path, str]]:

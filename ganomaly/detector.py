@@ -57,6 +57,7 @@ class Detector:
     calibration: Calibration | None = None
     threshold: float | None = None  # of the headline score
     kind: Kind = Kind()  # of the training images
+    trained_on: Sequence[str] = ()  # data.fingerprints of the training images
     scoring_networks: dict[str, nn.Module] = field(init=False)
 
     def __post_init__(self):
@@ -181,6 +182,7 @@ class Detector:
             "threshold": self.threshold,
             "scale": self.scale,
             "kind": tuple(self.kind),
+            "trained_on": self.trained_on,
         }
 
 
@@ -208,7 +210,7 @@ def load_detector(path, device: torch.device) -> Detector:
             network.load_state_dict(state["networks"][name])
         calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
         threshold, scale = state["threshold"], state["scale"]
-        kind = Kind(*state.get("kind", ()))
+        kind, trained_on = Kind(*state.get("kind", ())), state.get("trained_on", ())
         if not {config.score} <= calibration.scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
@@ -218,4 +220,4 @@ def load_detector(path, device: torch.device) -> Detector:
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
             f"{reason_of(error)}"
         ) from None
-    return Detector(networks, config, device, scale, calibration, threshold, kind)
+    return Detector(networks, config, device, scale, calibration, threshold, kind, trained_on)

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli
-from ganomaly.data import MIN_CALIBRATION
+from ganomaly.data import MIN_CALIBRATION, fingerprints
 from ganomaly.detector import load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
@@ -38,11 +38,16 @@ def main(argv=None) -> int:
     check_output(output, [args.model, *paths])
     images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)
     note_all(paths, facts, detector.kind)
-    distinct = {image.tobytes(): i for i, image in enumerate(images.numpy())}
-    if len(distinct) < len(paths):
-        images = images[sorted(distinct.values())]
-        print(f"note: {len(paths) - len(distinct)} copies of others are left out", file=sys.stderr)
-    n = len(images)
+    distinct = {mark: i for i, mark in enumerate(fingerprints(images))}
+    new = sorted(distinct[mark] for mark in distinct.keys() - set(detector.trained_on))
+    left_out = {
+        "copies of others": len(paths) - len(distinct),
+        "images that the model was trained on": len(distinct) - len(new),
+    }
+    for what, n in left_out.items():
+        if n:
+            print(f"note: {n} {what} are left out", file=sys.stderr)
+    images, n = images[new], len(new)
     if n < MIN_CALIBRATION:
         raise UserError(f"--images: {n} images; {MIN_CALIBRATION} are needed, 99 are good")
     before, old = detector(images).defective, detector.threshold

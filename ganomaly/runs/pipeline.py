@@ -128,7 +128,8 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
     recorder = Recorder(run, partial(evaluation.look, config, category, device), bar)
     try:
         trained = train(config, category.train, device, recorder)
-        detector = Detector(trained.networks, config, device, trained.scale, kind=category.kind)
+        of_images = {"kind": category.kind, "trained_on": data.fingerprints(category.train)}
+        detector = Detector(trained.networks, config, device, trained.scale, **of_images)
         detector.calibrate(category.calibration)
         # model.pt comes first: if a figure or a picture fails, the model is kept
         write_torch(run.path("model.pt"), detector.state())
