@@ -115,22 +115,23 @@ class Comparator(nn.Module):
     """x and x_hat, each (B, channels, S, S) -> logits (B, S, S): is this pixel corrupted?
 
     A small U-Net (Ronneberger et al. 2015) with maps from S/2 down to 8x8. It is a smaller version
-    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). Each 2x2 square of its input
-    and output becomes four channels. Layers at full size would take half of its time.
+    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). It sees x - x_hat and not the
+    images, as else it learns the training images by heart. Each 2x2 square of its input and output
+    becomes four channels. Layers at full size would take half of its time.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         width, levels = config.comparator_width, int(math.log2(config.image_size)) - 3
         plan = [width * min(2**level, 8) for level in range(levels)]
-        inputs = [4 * 2 * config.channels, *plan]
+        inputs = [4 * config.channels, *plan]
         self.down = nn.ModuleList(two_convolutions(a, b) for a, b in zip(inputs, plan))
         self.up = nn.ModuleList(two_convolutions(a + b, a) for a, b in zip(plan, plan[1:]))
         self.head = nn.Conv2d(width, 4, 1)
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        both = F.pixel_unshuffle(torch.cat([x, x_hat], 1), 2)
-        maps = [self.down[0](both.contiguous(memory_format=torch.channels_last))]
+        squares = F.pixel_unshuffle(x - x_hat, 2)
+        maps = [self.down[0](squares.contiguous(memory_format=torch.channels_last))]
         for level in self.down[1:]:
             maps.append(level(F.max_pool2d(maps[-1], 2)))
         y = maps.pop()

@@ -41,7 +41,7 @@ def test_shapes_ranges_and_what_the_comparator_sees(config):
     logit, features = Discriminator(config)(x)
     assert logit.shape == (2,)
     assert features.shape == (2, 4 * config.image_size // 8, 4, 4)
-    # The comparator sees both images at every pixel
+    # The comparator sees the difference of the images at every pixel, and nothing else of them
     network = Comparator(config.replace(corrupted=0.5, comparator_width=4)).eval()
     initialise(network, torch.Generator().manual_seed(0))
     x_hat = batch(config)
@@ -51,6 +51,7 @@ def test_shapes_ranges_and_what_the_comparator_sees(config):
     corner[..., :4, :4] = 1
     for changed in (network(x + corner, x_hat), network(x, x_hat + corner)):
         assert ((changed - logits)[:, :4, :4].abs().amax((1, 2)) > 0).all()
+    assert torch.allclose(network(x + corner, x_hat + corner), logits, atol=1e-4)
 
 
 @sizes

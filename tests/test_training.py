@@ -26,7 +26,8 @@ def literal(config: Config, pixels: torch.Tensor):
     weights of D, and the running averages by network and name.
     """
     networks = build(config)
-    rng, rng_c = (torch.Generator().manual_seed(config.seed) for _ in range(2))
+    rng = torch.Generator().manual_seed(config.seed)
+    rng_c = torch.Generator().manual_seed(config.seed + 2**31)
     for name, network in networks.items():
         initialise(network, rng_c if name == "comparator" else rng)
         network.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
@@ -43,7 +44,7 @@ def literal(config: Config, pixels: torch.Tensor):
     n, order = config.n_corrupted, []
     if c:
         opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
-        corruption = Corruption(pixels, config.seed, None, CPU)
+        corruption = Corruption(pixels, config.seed + 2**30, None, CPU)
     for step in range(1, config.steps + 1):
         while len(order) < config.batch_size:
             order += torch.randperm(len(pixels), generator=rng).tolist()
