@@ -93,7 +93,7 @@ class Config:
         if not any(getattr(self, name) for name in weights):
             raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
-            raise UserError("comparator_width: it needs corrupted images; raise corrupted")
+            raise UserError("comparator_width: it needs corrupted images; raise corrupted or set 0")
         if self.score not in self.scores:
             raise UserError(f"score: {self.score} needs a comparator_width of more than 0")
         if self.category is not None and not is_name(self.category):

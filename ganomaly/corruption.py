@@ -56,7 +56,10 @@ class Corruption:
         return self.chroma * self.gaussian(*like.shape[:2], 1, 1)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
-        """Each image transposed, mirrored and rolled at random, by up to reach * S pixels."""
+        """Masks or pieces to paste: transposed, mirrored, rolled by up to reach * S pixels.
+
+        Each of (B, C, S, S) by numbers of its own. What leaves at one side enters at the other.
+        """
         n, size = len(images), images.shape[-1]
         images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)

@@ -18,17 +18,17 @@ class Packed(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d):
         super().__init__()
         self.layer = layer
-        self.shape = [layer.padding, layer.stride, layer.dilation, layer.groups]
+        self.geometry = [layer.padding, layer.stride, layer.dilation, layer.groups]
         transposed = isinstance(layer, nn.ConvTranspose2d)
         if transposed:
-            self.shape.insert(1, layer.output_padding)
+            self.geometry.insert(1, layer.output_padding)
         kind = "_transpose" if transposed else ""
         pack = getattr(OPERATORS, f"_reorder_convolution{kind}_weight")
-        self.weight = pack(layer.weight.detach(), *self.shape)
+        self.weight = pack(layer.weight.detach(), *self.geometry)
         self.convolve = getattr(OPERATORS, f"_convolution{kind}_pointwise")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.weight, self.layer.bias, *self.shape, "none", [], "")
+        return self.convolve(x, self.weight, self.layer.bias, *self.geometry, "none", [], "")
 
     def __reduce__(self):  # packed weights can be neither copied nor pickled
         return Packed, (self.layer,)

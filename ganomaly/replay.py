@@ -38,14 +38,14 @@ class Replayed:
             assign(self.inputs, inputs)
             self.replay()
         elif self.calls <= WARM_UP:
-            self.warm_up(inputs)
+            self.run(inputs)
         elif self.calls == WARM_UP + 1:
             self.try_recording(inputs)
         else:
             self.step(*inputs)
 
-    def warm_up(self, inputs: tuple[Tensor, ...]) -> None:
-        """The step on the recording's stream, which the rules ask for before a recording."""
+    def run(self, inputs: tuple[Tensor, ...]) -> None:
+        """One normal step, on the recording's stream as the rules ask for before a recording."""
         if self.stream is None:
             return self.step(*inputs)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -54,7 +54,7 @@ class Replayed:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def try_recording(self, inputs: tuple[Tensor, ...]) -> None:
-        """Record the step, replay it twice, then run it normally; keep it if all agree."""
+        """Record the step and replay it twice; run it; keep the recording if both end alike."""
         state = [leaf for leaf in tree_leaves(self.state()) if isinstance(leaf, Tensor)]
         before, reason = [], ""
         try:
@@ -68,7 +68,7 @@ class Replayed:
         except RuntimeError as error:  # its context is the cause of a failed capture
             reason = " ".join(str(error.__context__ or error).split())[:200]
         assign(state, before)  # raises where the device itself is lost
-        self.warm_up(inputs)
+        self.run(inputs)
         allowed = 0 if torch.are_deterministic_algorithms_enabled() else ALLOWED
         if not reason and not deviation(replayed, state, before) <= allowed:
             reason = "it computes something else"

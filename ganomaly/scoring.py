@@ -202,7 +202,7 @@ def heat_map(o: Outputs, statistics: Statistics) -> Tensor:
 
 def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse Ledoit-Wolf covariance of z - z_hat (n, latent_dim)."""
-    from sklearn.covariance import LedoitWolf  # late: it is slow to import, predict does without
+    from sklearn.covariance import LedoitWolf  # late: slow to import, and predict.py needs none
 
     fitted = LedoitWolf().fit(gaps.numpy())
     return torch.from_numpy(fitted.location_), torch.from_numpy(fitted.precision_)

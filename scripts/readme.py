@@ -42,15 +42,15 @@ def updated(text: str) -> str:
 
 
 def table() -> str:
-    """A row a set: our figures, mean ± deviation over seeds; means of the controls; others'."""
+    """A row a set: our AUROC, mean ± deviation over seeds; means of controls; others' figures."""
     runs = {name: read_results(EXPERIMENTS / name).runs for name in ("paper", "calibrated")}
     lines = []
     for category in sorted({row["category"] for rows in runs.values() for row in rows}):
         cells = [category]
         for _, name, column in OURS:
             rows = [row for row in runs[name] if row["category"] == category]
-            text = spread([row[column] for row in rows if row[column] is not None])
-            cells.append(text if column == "auroc" else text.split(" ")[0])
+            text = spread([row[column] for row in rows])
+            cells.append(text if column == "auroc" else text.split(" ± ")[0])
         others = [other.get(category) for other in OTHERS.values()]
         lines.append([*cells, *("" if figure is None else f"{figure:.3f}" for figure in others)])
     return markdown_table(["set", *(header for header, *_ in OURS), *OTHERS], lines)

@@ -97,7 +97,7 @@ def blocks(page: Page) -> list[str]:
 def section(
     folder: Path, seeds: list[dict], missing: list, data_root: Path | None, device: torch.device
 ) -> list[str]:
-    """A category: charts of its first seed, the ROC curves of all, the images it errs on."""
+    """A category: histogram and worst images of its first seed, ROC curves of all seeds."""
     m, category = seeds[0], seeds[0]["category"]
     runs = [run_folder(folder, category, one["seed"]) for one in seeds]
     tables = [read_scores(run, one["score"]) for run, one in zip(runs, seeds)]

@@ -148,7 +148,7 @@ class Recorder:
             group = "speed" if key == "images_per_second" else "loss"
             self.board.add_scalar(f"{group}/{key}", record[key], step)
         # The two that say most, and short enough for a terminal
-        text = f"loss_d {record['discriminator']:.4f}, l1 {record['contextual']:.4f}"
+        text = f"loss_d {record['discriminator']:.4f}, contextual {record['contextual']:.4f}"
         speed = f"{record['images_per_second']:.0f} images/s"
         self.progress.set_postfix_str(f"{text}, {speed}")
         if self.progress.disable:
