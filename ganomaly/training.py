@@ -47,10 +47,11 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     UserError where the checkpoint is of other images or another kind of device, and where a loss or
     a weight is not finite. The last checkpoint stays.
     """
-    # Networks, optimisers, data. One random stream serves initialisation and batches. The others
-    # are apart from it, so that the generator starts alike with and without a comparator
-    seed, seed_c, seed_corruption = (config.seed ^ bit for bit in (0, 1 << 31, 1 << 30))
-    rng, rng_c = (torch.Generator().manual_seed(each) for each in (seed, seed_c))
+    # Networks, optimisers, data. One random stream serves initialisation and batches. Comparator
+    # and corruption have their own, so that the generator starts alike with and without them. Their
+    # seeds differ in one bit each, of the 32 that a generator on the CPU keeps
+    rng = torch.Generator().manual_seed(config.seed)
+    rng_c = torch.Generator().manual_seed(config.seed ^ (1 << 31))
     networks = build(config)
     for name, network in networks.items():
         initialise(network, rng_c if name == "comparator" else rng)
@@ -79,7 +80,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     stateful |= {"scaler": scaler, "batches": batches}
     corruption, n_corrupted = None, config.n_corrupted
     if n_corrupted:
-        corruption = Corruption(batches.images, seed_corruption, scale, device)
+        corruption = Corruption(batches.images, config.seed ^ (1 << 30), scale, device)
         stateful["corruption"] = corruption
     sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0
