@@ -24,9 +24,10 @@ from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_all, read_images
 from ganomaly.networks import build
 from ganomaly.packed import packed
-from ganomaly.scoring import Calibration, Outputs, Raw, Statistics, p_values
+from ganomaly.scoring import Calibration, Measured, Outputs, Raw, Statistics, p_values
 
 PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
+MOVES = ((1, -2), (-1, -2), (1, -1), (-1, -1))  # one pixel down, up, right, left
 
 
 class Verdicts(NamedTuple):
@@ -44,6 +45,28 @@ def outputs_of(networks, x: Tensor) -> Outputs:
     features = networks["discriminator"].features(torch.cat([x, x_hat]))
     logits = networks["comparator"](x, x_hat) if "comparator" in networks else None
     return Outputs(x, x_hat, z, z_hat, *features.unflatten(0, (2, -1)), logits)
+
+
+def moved(images: Tensor, step: int, dim: int) -> Tensor:
+    """Images (..., S, S), or maps, moved by `step` pixels along a dimension; the edge repeats."""
+    places = torch.arange(images.shape[dim], device=images.device) - step
+    return images.index_select(dim, places.clamp(0, images.shape[dim] - 1))
+
+
+def measured_by(networks, o: Outputs, tta: bool) -> Measured:
+    """What the outputs measure. With `tta`, test-time augmentation, half of it is of MOVES.
+
+    These views of the images are scored too, and their maps are moved back.
+    """
+    own = scoring.measure(o)
+    if not tta:
+        return own
+    views = torch.cat([moved(o.x, step, dim) for step, dim in MOVES])
+    m = scoring.measure(outputs_of(networks, views))
+    for name, maps in m.maps.items():
+        parts = zip(maps.unflatten(0, (len(MOVES), -1)), MOVES)
+        m.maps[name] = torch.cat([moved(part, -step, dim) for part, (step, dim) in parts])
+    return scoring.averaged(own, m, len(MOVES))
 
 
 @dataclass(repr=False)
@@ -133,18 +156,20 @@ class Detector:
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
     @torch.inference_mode()
-    def map_batches(self, pixels: Tensor, function: Callable[[Outputs], Any]) -> list:
-        """function(Outputs) for every batch of uint8 images (N, C, S, S), in float32."""
+    def map_batches(self, pixels: Tensor, function: Callable[[Outputs, Measured], Any]) -> list:
+        """function(outputs, measured) of every batch of uint8 images (N, C, S, S), in float32."""
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
         with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            return [function(self.outputs(batch)) for batch in bar]
+            outputs = (self.outputs(batch) for batch in bar)
+            networks, tta = self.scoring_networks, self.config.tta
+            return [function(o, measured_by(networks, o, tta)) for o in outputs]
 
     def raw(self, pixels: Tensor) -> Raw:
         """All uncalibrated scores of uint8 images (N, C, S, S).
 
         UserError where one is not finite, as after a training that diverged.
         """
-        return joined(self.map_batches(pixels, scoring.raw_scores))
+        return joined(self.map_batches(pixels, lambda o, m: scoring.raw_scores(m)))
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
@@ -154,7 +179,7 @@ class Detector:
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         fitted = self.calibration.statistics
-        return torch.cat(self.map_batches(pixels, lambda o: scoring.heat_map(o, fitted).cpu()))
+        return torch.cat(self.map_batches(pixels, lambda o, m: scoring.heat_map(m, fitted).cpu()))
 
     def explain(self, pixels: Tensor) -> tuple[Verdicts, Tensor, Tensor]:
         """Verdicts, reconstructions and heat maps of uint8 images (N, C, S, S), in one pass.
@@ -164,7 +189,8 @@ class Detector:
         """
         fitted = self.calibration.statistics
         parts = self.map_batches(
-            pixels, lambda o: (scoring.raw_scores(o), o.x_hat.cpu(), scoring.heat_map(o, fitted))
+            pixels,
+            lambda o, m: (scoring.raw_scores(m), o.x_hat.cpu(), scoring.heat_map(m, fitted)),
         )
         raws, x_hats, heats = zip(*parts)
         name = self.config.score

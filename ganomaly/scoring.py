@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 FOLDS = 5
 
@@ -112,6 +113,27 @@ MAP_SCORES = {
 }
 
 
+class Measured(NamedTuple):
+    """What scores and heat maps are made of. It can be averaged over views of the same images."""
+
+    maps: dict[str, Tensor]  # of MAPS: (B, S, S)
+    plain: dict[str, Tensor]  # PLAIN_SCORES: (B,)
+    gaps: Tensor  # (B, latent_dim) float64, z - z_hat
+
+
+def measure(o: Outputs) -> Measured:
+    """What one batch measures; without a comparator, not its map."""
+    absent = "comparator" if o.logits is None else None
+    maps = {name: map_of(o) for name, map_of in MAPS.items() if name != absent}
+    plain = {name: score(o) for name, score in PLAIN_SCORES.items()}
+    return Measured(maps, plain, (o.z - o.z_hat).double())
+
+
+def averaged(own: Measured, others: Measured, n: int) -> Measured:
+    """The mean of B images' own values and of the mean over n other views (n * B) of them."""
+    return tree_map(lambda a, b: (a + b.unflatten(0, (n, -1)).mean(0)) / 2, own, others)
+
+
 @dataclass
 class Raw:
     """Scores of N images before any calibration."""
@@ -123,13 +145,10 @@ class Raw:
         return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
 
 
-def raw_scores(o: Outputs) -> Raw:
+def raw_scores(m: Measured) -> Raw:
     """The PLAIN_SCORES and MAP_SCORES of one batch; without a comparator, not its score."""
-    scores = {name: score(o) for name, score in PLAIN_SCORES.items()}
-    absent = "comparator" if o.logits is None else None
-    maps = {name: map_of(o) for name, map_of in MAPS.items() if name != absent}
-    scores |= {name: score(maps[m]) for name, (m, score) in MAP_SCORES.items() if m in maps}
-    return Raw(scores, (o.z - o.z_hat).double())
+    of_maps = {n: score(m.maps[name]) for n, (name, score) in MAP_SCORES.items() if name in m.maps}
+    return Raw({**m.plain, **of_maps}, m.gaps)
 
 
 # Statistics of normal images, and the scores that need them
@@ -189,14 +208,14 @@ def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tens
     return {**raw.scores, **fitted}
 
 
-def heat_map(o: Outputs, statistics: Statistics) -> Tensor:
+def heat_map(m: Measured, statistics: Statistics) -> Tensor:
     """Anomaly of every pixel: (B, S, S), the mean of the maps SMALL on the scale of their scores.
 
     0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
     same for all images, so their heat maps can be compared.
     """
     parts = {name: statistics.parts[name] for name in SMALL if name in statistics.parts}
-    maps = [(MAPS[name](o) - mean) / dev for name, (mean, dev) in parts.items()]
+    maps = [(m.maps[name] - mean) / dev for name, (mean, dev) in parts.items()]
     return sum(maps) / len(maps)
 
 

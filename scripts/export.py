@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ganomaly import cli
 from ganomaly.batches import to_input
-from ganomaly.detector import Detector, load_detector, outputs_of
+from ganomaly.detector import Detector, load_detector, measured_by, outputs_of
 from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, write_output
 from ganomaly.runs.results import promise
@@ -79,8 +79,9 @@ class Program(nn.Module):
         detector, fitted = self.detector, self.detector.calibration.statistics
         score = detector.config.score
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
-        scores = all_scores(raw_scores(o), fitted, [score])[score]
-        return scores, scores > detector.threshold, heat_map(o, fitted)
+        m = measured_by(self.networks, o, detector.config.tta)
+        scores = all_scores(raw_scores(m), fitted, [score])[score]
+        return scores, scores > detector.threshold, heat_map(m, fitted)
 
 
 def onnx_file(program: torch.export.ExportedProgram, detector: Detector) -> bytes:

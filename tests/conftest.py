@@ -33,8 +33,8 @@ CHANGES = {
     "width": 5, "latent_dim": 9, "extra_layers": 1, "comparator_width": 3, "corrupted": 0.5,
     "batch_size": 5, "steps": 7, "lr": 1e-3, "beta1": 0.8,
     "ema_decay": 0.1, "w_adv": 30.0, "w_con": 5.0, "w_enc": 30.0, "amp": "bf16",
-    "score": "feature", "quantile": 0.5, "calibration_fraction": 0.5, "checkpoint_every": 2,
-    "threads": 2, "seed": 1,
+    "score": "feature", "tta": True, "quantile": 0.5, "calibration_fraction": 0.5,
+    "checkpoint_every": 2, "threads": 2, "seed": 1,
 }  # fmt: skip
 TINY_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
 CPU = torch.device("cpu")

@@ -21,7 +21,9 @@ from ganomaly.runs.pictures import explained
 
 from .conftest import ROOT, contents, draw, folder_of, printed, read_csv, read_json, refusal, train
 
-CALIBRATED = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated".split()
+CALIBRATED = (
+    "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated --tta".split()
+)
 
 
 @pytest.fixture

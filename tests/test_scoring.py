@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ganomaly import detector as detectors
@@ -73,7 +74,7 @@ def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, mo
 def test_a_pass_holds_as_many_images_as_its_pixels_allow(detector, monkeypatch):
     sizes = []
     monkeypatch.setattr(detectors, "PASS_PIXELS", 5 * 32 * 32)
-    detector.map_batches(images(12), lambda o: sizes.append(len(o.x)))
+    detector.map_batches(images(12), lambda o, _: sizes.append(len(o.x)))
     assert sizes == [5, 5, 2]
 
 
@@ -219,6 +220,25 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
     # No map is above its score's scale at more than the highest pixels
     scores = detector.scores(pixels)["calibrated"]
     assert (heat.flatten(1).mean(1) < scores).all()
+
+
+def test_test_time_augmentation_averages_over_images_moved_by_a_pixel(detector):
+    pixels, config = images(3, seed=8), SMALL.replace(tta=True)
+    ours = Detector(detector.networks, config, CPU, calibration=detector.calibration)
+    edge = F.pad(to_input(pixels, CPU), (1, 1, 1, 1), mode="replicate")
+    weights = {(1, 1): 1 / 2, (0, 1): 1 / 8, (2, 1): 1 / 8, (1, 0): 1 / 8, (1, 2): 1 / 8}
+    gradient, latent = torch.zeros(3, 32, 32), torch.zeros(3)
+    for (top, left), weight in weights.items():
+        x = edge[:, :, top : top + 32, left : left + 32]
+        with torch.inference_mode():
+            o = detectors.outputs_of(detector.networks, x)
+            m = F.pad(scoring.gradient_map(o)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+        gradient += weight * m[:, 2 - top : 34 - top, 2 - left : 34 - left]
+        latent += weight * (o.z - o.z_hat).square().mean(1)
+    scores = ours.scores(pixels)
+    assert torch.allclose(scores["gradient"], scoring.highest(gradient, 0.01), rtol=1e-5)
+    assert torch.allclose(scores["latent"], latent, rtol=1e-5)
+    assert not close(scores, detector.scores(pixels))
 
 
 def test_scores_are_float32_whatever_the_training_precision(detector):
