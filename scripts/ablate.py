@@ -30,6 +30,7 @@ ABLATIONS = [
     ("twice the steps", dict(steps=lambda recipe: recipe.steps * 2)),
     ("float32", dict(amp="fp32")),
     ("images as they are", dict(normalise="none")),
+    ("no test-time augmentation", dict(tta=False)),
     ("no comparator", dict(comparator_width=0)),
     ("no corruption, no comparator", dict(corrupted=0.0, comparator_width=0)),
 ]
