@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     config = resolve(cli.recipe_values(parser, args))
-    recipe = args.config and cli.recipe_name(args)
+    recipe = cli.recipe_name(args) if args.config else "of the defaults"
     folder = cli.experiment_folder(args, args.experiment)
     cli.note_unused_root(config, args)
 

@@ -157,8 +157,9 @@ def start_line(config: Config, category: data.Category, setting: Setting) -> str
     with torch.device("meta"):  # takes no memory
         weights = [p for network in build(config).values() for p in network.parameters()]
     size = "x".join(map(str, category.train.shape[1:]))
+    recipe = f"recipe {setting.recipe}, " if setting.recipe else ""
     return (
-        f"recipe {setting.recipe or 'of the defaults'}, {len(category.train)} images of {size}, "
+        f"{recipe}{len(category.train)} images of {size}, "
         f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {config.steps} steps of "
         f"{config.batch_size} in {config.amp} on {setting.device}"
     )
