@@ -21,9 +21,7 @@ from ganomaly.runs.pictures import explained
 
 from .conftest import ROOT, contents, draw, folder_of, printed, read_csv, read_json, refusal, train
 
-CALIBRATED = (
-    "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated --tta".split()
-)
+PARTS = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated --tta".split()
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def predict(script, trained):
 @pytest.fixture(scope="module")
 def calibrated(parts, tmp_path_factory) -> Path:
     """The model of a run of every part there is."""
-    return train(parts, tmp_path_factory.mktemp("calibrated"), *CALIBRATED) / "model.pt"
+    return train(parts, tmp_path_factory.mktemp("calibrated"), *PARTS) / "model.pt"
 
 
 def test_predict_gives_the_scores_of_the_run(predict, parts, trained):

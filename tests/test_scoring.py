@@ -223,15 +223,14 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
 
 
 def test_test_time_augmentation_averages_over_images_moved_by_a_pixel(detector):
-    pixels, config = images(3, seed=8), SMALL.replace(tta=True)
-    ours = Detector(detector.networks, config, CPU, calibration=detector.calibration)
+    config, networks = SMALL.replace(tta=True), detector.networks
+    ours = Detector(networks, config, CPU, calibration=detector.calibration)
+    pixels, gradient, latent = images(3, seed=8), torch.zeros(3, 32, 32), torch.zeros(3)
     edge = F.pad(to_input(pixels, CPU), (1, 1, 1, 1), mode="replicate")
-    weights = {(1, 1): 1 / 2, (0, 1): 1 / 8, (2, 1): 1 / 8, (1, 0): 1 / 8, (1, 2): 1 / 8}
-    gradient, latent = torch.zeros(3, 32, 32), torch.zeros(3)
-    for (top, left), weight in weights.items():
-        x = edge[:, :, top : top + 32, left : left + 32]
+    for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
+        weight = 1 / 2 if top == left else 1 / 8
         with torch.inference_mode():
-            o = detectors.outputs_of(detector.networks, x)
+            o = detectors.outputs_of(networks, edge[:, :, top : top + 32, left : left + 32])
             m = F.pad(scoring.gradient_map(o)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
         gradient += weight * m[:, 2 - top : 34 - top, 2 - left : 34 - left]
         latent += weight * (o.z - o.z_hat).square().mean(1)
