@@ -8,12 +8,13 @@
 # the tables. PYTHON names an interpreter with the requirements. A rehearsal on a CPU:
 #
 #     DEVICE=cpu STEPS=10 MNIST_STEPS=10 SIZES=64 MORE_SEEDS=43 SPEED="--only roof" \
-#         SHAPES=32,4,8 bash experiments/speed/gpu.sh IMAGES OUT
+#         SHAPES=32,4,8 AMPS=bf16 bash experiments/speed/gpu.sh IMAGES OUT
 set -u
 images=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "$0")/../.."
 : "${DEVICE:=cuda}" "${STEPS:=3000}" "${MNIST_STEPS:=11800}" "${SIZES:=64 128 256}" "${MORE_SEEDS:=43 44}"
 : "${SPEED:=--only roof training --seconds 1 --threads 1}" "${SHAPES:=256,64,64 64,16,64}"
+: "${AMPS:=bf16 fp16}" # a CPU takes minutes for a step in fp16
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python} DEVICE # make takes both from here
 
 part() { # name, command
@@ -51,7 +52,7 @@ for i, name in enumerate(MVTEC):
     draw_category(Path('experiments/local/gpu/drawn', name), 240, 30, 50, seed=i)"
 benchmark fifteen paper DATASET=mvtec DATA_ROOT=experiments/local/gpu/drawn ARGS="--steps $STEPS"
 part variants "$PYTHON" experiments/speed/variants.py "$DEVICE" 1 $SHAPES
-for amp in bf16 fp16; do
+for amp in $AMPS; do
     benchmark "$amp" paper DATASET=folder DATA_ROOT="$images" CATEGORIES=bottle ARGS="--amp $amp --steps $STEPS"
 done
 benchmark mnist mnist DATA_ROOT="$images" ARGS="--steps $MNIST_STEPS"
