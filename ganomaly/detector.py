@@ -54,16 +54,16 @@ def moved(images: Tensor, step: int, dim: int) -> Tensor:
 
 
 def measured_by(networks, o: Outputs, tta: bool) -> Measured:
-    """What the outputs measure. With `tta`, test-time augmentation, half of it is of MOVES.
+    """What the outputs measure; with `tta` (test-time augmentation), averaged with moved copies.
 
-    These views of the images are scored too, and their maps are moved back.
+    The images count half, and their copies, moved by each of MOVES, the other half.
     """
     own = scoring.measure(o)
     if not tta:
         return own
-    views = torch.cat([moved(o.x, step, dim) for step, dim in MOVES])
-    m = scoring.measure(outputs_of(networks, views))
-    for name, maps in m.maps.items():
+    copies = torch.cat([moved(o.x, step, dim) for step, dim in MOVES])
+    m = scoring.measure(outputs_of(networks, copies))
+    for name, maps in m.maps.items():  # move them back
         parts = zip(maps.unflatten(0, (len(MOVES), -1)), MOVES)
         m.maps[name] = torch.cat([moved(part, -step, dim) for part, (step, dim) in parts])
     return scoring.averaged(own, m, len(MOVES))

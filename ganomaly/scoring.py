@@ -114,7 +114,7 @@ MAP_SCORES = {
 
 
 class Measured(NamedTuple):
-    """What scores and heat maps are made of. It can be averaged over views of the same images."""
+    """What scores and heat maps are made of. It can be averaged over copies of the same images."""
 
     maps: dict[str, Tensor]  # of MAPS: (B, S, S)
     plain: dict[str, Tensor]  # PLAIN_SCORES: (B,)
@@ -130,7 +130,7 @@ def measure(o: Outputs) -> Measured:
 
 
 def averaged(own: Measured, others: Measured, n: int) -> Measured:
-    """The mean of B images' own values and of the mean over n other views (n * B) of them."""
+    """Half of B images' own values and half of the mean of their n copies' (n * B of them)."""
     return tree_map(lambda a, b: (a + b.unflatten(0, (n, -1)).mean(0)) / 2, own, others)
 
 
