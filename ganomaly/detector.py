@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ganomaly import config as configuration
@@ -63,10 +64,11 @@ def measured_by(networks, o: Outputs, tta: bool) -> Measured:
         return own
     copies = torch.cat([moved(o.x, step, dim) for step, dim in MOVES])
     m = scoring.measure(outputs_of(networks, copies))
-    for name, maps in m.maps.items():  # move them back
-        parts = zip(maps.unflatten(0, (len(MOVES), -1)), MOVES)
-        m.maps[name] = torch.cat([moved(part, -step, dim) for part, (step, dim) in parts])
-    return scoring.averaged(own, m, len(MOVES))
+    m = tree_map(lambda values: values.unflatten(0, (len(MOVES), -1)), m)  # (4, B, ...)
+    for name, maps in m.maps.items():
+        back = [moved(part, -step, dim) for part, (step, dim) in zip(maps, MOVES)]
+        m.maps[name] = torch.stack(back)
+    return tree_map(lambda a, b: (a + b.mean(0)) / 2, own, m)
 
 
 @dataclass(repr=False)

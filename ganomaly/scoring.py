@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 FOLDS = 5
 
@@ -127,11 +126,6 @@ def measure(o: Outputs) -> Measured:
     maps = {name: map_of(o) for name, map_of in MAPS.items() if name != absent}
     plain = {name: score(o) for name, score in PLAIN_SCORES.items()}
     return Measured(maps, plain, (o.z - o.z_hat).double())
-
-
-def averaged(own: Measured, others: Measured, n: int) -> Measured:
-    """Half of B images' own values and half of the mean of their n copies' (n * B of them)."""
-    return tree_map(lambda a, b: (a + b.unflatten(0, (n, -1)).mean(0)) / 2, own, others)
 
 
 @dataclass
