@@ -63,12 +63,13 @@ def measured_by(networks, o: Outputs, tta: bool) -> Measured:
     if not tta:
         return own
     copies = torch.cat([moved(o.x, step, dim) for step, dim in MOVES])
-    m = scoring.measure(outputs_of(networks, copies))
-    m = tree_map(lambda values: values.unflatten(0, (len(MOVES), -1)), m)  # (4, B, ...)
-    for name, maps in m.maps.items():
-        back = [moved(part, -step, dim) for part, (step, dim) in zip(maps, MOVES)]
-        m.maps[name] = torch.stack(back)
-    return tree_map(lambda a, b: (a + b.mean(0)) / 2, own, m)
+    others = scoring.measure(outputs_of(networks, copies))
+    others = tree_map(lambda values: values.unflatten(0, (len(MOVES), -1)), others)  # (4, B, ...)
+    maps = {
+        name: torch.stack([moved(m, -step, dim) for m, (step, dim) in zip(four, MOVES)])
+        for name, four in others.maps.items()
+    }
+    return tree_map(lambda a, b: (a + b.mean(0)) / 2, own, others._replace(maps=maps))
 
 
 @dataclass(repr=False)
@@ -105,8 +106,9 @@ class Detector:
 
     @property
     def batch(self) -> int:
-        """Images of one scoring pass."""
-        return max(1, min(PASS_IMAGES, PASS_PIXELS // self.config.image_size**2))
+        """Images of one scoring pass; fewer with test-time augmentation, which adds copies."""
+        most = min(PASS_IMAGES, PASS_PIXELS // self.config.image_size**2)
+        return max(1, most // len(MOVES) if self.config.tta else most)
 
     @torch.inference_mode()
     def outputs(self, pixels: Tensor) -> Outputs:

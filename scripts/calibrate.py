@@ -7,6 +7,7 @@ go into a new model file.
 
 import os
 import sys
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +28,9 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
+    parser.add_argument(
+        "--tta", action=BooleanOptionalAction, help="test-time augmentation [as trained]"
+    )
     cli.add_device_flag(parser)
     args = parser.parse_args(argv)
 
@@ -51,6 +55,8 @@ def main(argv=None) -> int:
     if n < MIN_CALIBRATION:
         raise UserError(f"--images: {n} images; {MIN_CALIBRATION} are needed, 99 are good")
     before, old = detector(images).defective, detector.threshold
+    if args.tta is not None:
+        detector.config = detector.config.replace(tta=args.tta)
     detector.calibrate(images)
     write_torch(Path(os.path.realpath(output)), detector.state())
     now = int((detector.normal > detector.threshold).sum())

@@ -186,7 +186,9 @@ ODD_SETS = {
     "identical": ([noise(0)] * 24, [noise(0)] * 4, [noise(i) for i in range(1, 5)]),
     "one of each": ([noise(i) for i in range(24)], [noise(30)], [flat(0)]),
 }
-OURS = ["--normalise=exposure", "--corrupted=0.5", "--comparator-width=4", "--score=small_or_large"]
+OURS = (
+    "--normalise=exposure --corrupted=.5 --comparator-width=4 --score=small_or_large --tta".split()
+)
 
 
 @pytest.mark.parametrize("more", [[], OURS], ids=["paper", "calibrated"])

@@ -114,17 +114,17 @@ def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_pat
     words = ["--data-root", parts, "--experiments-dir", tmp_path, "--recipe=paper", "--dry-run"]
     words += ["--dataset=folder", "--category=parts", "--seed=7"]
     code, out, err = script("ablate", *words)
-    # Three that change nothing of the paper's recipe are left out
+    # Four that change nothing of the paper's recipe are left out
     assert code == 0 and out.count("parts/seed7: train") == len(out.splitlines())
-    assert len(out.splitlines()) == len(load_script("ablate").ABLATIONS) - 3
-    assert "images as they are, no comparator, no corruption, no comparator" in err
+    assert len(out.splitlines()) == len(load_script("ablate").ABLATIONS) - 4
+    assert "images as they are, no test-time augmentation, no comparator, no corruption" in err
 
 
 def test_every_ablation_changes_the_recipe_and_none_twice_alike():
     ablate = load_script("ablate")
     recipe = Config(
         dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="exposure",
-        score="calibrated",
+        score="calibrated", tta=True,
     )  # fmt: skip
     configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]
     assert configs[0] == recipe and len(set(configs)) == len(configs)

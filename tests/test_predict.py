@@ -21,7 +21,7 @@ from ganomaly.runs.pictures import explained
 
 from .conftest import ROOT, contents, draw, folder_of, printed, read_csv, read_json, refusal, train
 
-PARTS = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated --tta".split()
+EVERY = "--corrupted=.5 --comparator-width=3 --normalise=exposure --score=calibrated --tta".split()
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def predict(script, trained):
 @pytest.fixture(scope="module")
 def calibrated(parts, tmp_path_factory) -> Path:
     """The model of a run of every part there is."""
-    return train(parts, tmp_path_factory.mktemp("calibrated"), *PARTS) / "model.pt"
+    return train(parts, tmp_path_factory.mktemp("calibrated"), *EVERY) / "model.pt"
 
 
 def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     script, calibrated, parts, tmp_path, monkeypatch
 ):
     shutil.copytree(parts / "parts" / "test", tmp_path / "test")
-    monkeypatch.setattr(detector_module, "PASS_IMAGES", 2)
+    monkeypatch.setattr(detector_module, "PASS_IMAGES", 8)  # 2 with their copies
     words = ["predict", "--model", calibrated, "--images", tmp_path / "test", "--output"]
     printed(script(*words, tmp_path / "whole.csv"))
     out, part, heat = tmp_path / "a.csv", tmp_path / "a.csv.part", tmp_path / "heat"

@@ -223,21 +223,30 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
 
 
 def test_test_time_augmentation_averages_over_images_moved_by_a_pixel(detector):
-    config, networks = SMALL.replace(tta=True), detector.networks
-    ours = Detector(networks, config, CPU, calibration=detector.calibration)
-    pixels, gradient, latent = images(3, seed=8), torch.zeros(3, 32, 32), torch.zeros(3)
-    edge = F.pad(to_input(pixels, CPU), (1, 1, 1, 1), mode="replicate")
-    for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
-        weight = 1 / 2 if top == left else 1 / 8
-        with torch.inference_mode():
-            o = detectors.outputs_of(networks, edge[:, :, top : top + 32, left : left + 32])
-            m = F.pad(scoring.gradient_map(o)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-        gradient += weight * m[:, 2 - top : 34 - top, 2 - left : 34 - left]
-        latent += weight * (o.z - o.z_hat).square().mean(1)
-    scores = ours.scores(pixels)
-    assert torch.allclose(scores["gradient"], scoring.highest(gradient, 0.01), rtol=1e-5)
-    assert torch.allclose(scores["latent"], latent, rtol=1e-5)
-    assert not close(scores, detector.scores(pixels))
+    networks, pixels = detector.networks, images(3, seed=8)
+
+    def padded(x):
+        return F.pad(x, (1, 1, 1, 1), mode="replicate")
+
+    total, edge = 0, padded(to_input(pixels, CPU))
+    with torch.inference_mode():
+        for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
+            view = edge[:, :, top : top + 32, left : left + 32]
+            m = scoring.measure(detectors.outputs_of(networks, view))
+            back = slice(2 - top, 34 - top), slice(2 - left, 34 - left)
+            maps = [padded(one[:, None])[:, 0, back[0], back[1]] for one in m.maps.values()]
+            values = [*maps, *(v[:, None, None] for v in m.plain.values()), m.gaps[:, None]]
+            flat = torch.cat([v.flatten(1).double() for v in values], 1)
+            total = total + flat * (1 / 2 if top == left else 1 / 8)
+    ours = Detector(networks, SMALL.replace(tta=True), CPU, calibration=detector.calibration)
+    ours.set_quantile()
+    assert ours.batch == detector.batch // 4
+    ((m, heat),) = ours.map_batches(pixels, lambda _, m: (m, ours.heat_maps(pixels)))
+    values = [*m.maps.values(), *m.plain.values(), m.gaps]
+    flat = torch.cat([v.reshape(3, -1).double() for v in values], 1)
+    assert torch.allclose(flat, total, rtol=1e-4, atol=1e-5)
+    assert torch.equal(heat, scoring.heat_map(m, detector.calibration.statistics))
+    assert torch.allclose(ours.explain(pixels)[2], heat, atol=1e-5)
 
 
 def test_scores_are_float32_whatever_the_training_precision(detector):

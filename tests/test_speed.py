@@ -78,3 +78,8 @@ def test_a_peer_is_read_by_its_last_line_and_its_failure_is_named():
     for code, message in (("1 / 0", "failed: ZeroDivisionError"), ("print(7)", "no JSON with")):
         with pytest.raises(UserError, match=message):
             peer(code)
+
+
+def test_cells_have_three_digits_and_a_range():
+    cells = [speed.cell(value) for value in ([3.0, 1.0, 2.2222], 123.4, 0.01234)]
+    assert cells == ["2.22 (1 to 3)", "123", "0.0123"]

@@ -174,7 +174,7 @@ def results_page(
         f"Score {scores}; seeds {seeds}; mean ± standard deviation over seeds. F1 is at the "
         "threshold that held-out normal images set; two oracles, which cannot be had without "
         "labels, are the best F1 over all thresholds and the best AUROC over a run's checkpoints, "
-        f"seen on up to {LOOK_IMAGES:,} images of a kind."
+        f"seen on up to {LOOK_IMAGES:,} images of a kind, without test-time augmentation."
     )
     columns = {t: k for t, k in COLUMNS.items() if any(row.get(k) is not None for row in shown)}
     if reference is not None and "reference" in columns:
