@@ -159,8 +159,9 @@ def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_pat
     assert "8 images; 10 are needed" in line
     # Scores of images that were trained on are too low, so these do not count either
     used = parts / "parts" / "train" / "good"  # 24 images, of which ten were held out
-    code, out, err = script(*words, "--images", good, used, "--output", output)
-    assert code == 0 and "(from 30 held-out" in out
+    code, out, err = script(*words, "--no-tta", "--images", good, used, "--output", output)
+    assert code == 0 and "(from 30 held-out" in out and before.config.tta
+    assert not load(output, "cpu").config.tta
     assert "14 images that the model was trained on are left out" in err
     assert repr(model).count("\n") < 4 and len(repr(model)) < 300
 
