@@ -7,7 +7,6 @@ go into a new model file.
 
 import os
 import sys
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,9 +27,7 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
-    parser.add_argument(
-        "--tta", action=BooleanOptionalAction, help="test-time augmentation [as trained]"
-    )
+    parser.add_argument("--tta", help="test-time augmentation [as trained]", **cli.READ["bool"])
     cli.add_device_flag(parser)
     args = parser.parse_args(argv)
 

@@ -241,7 +241,7 @@ def test_test_time_augmentation_averages_over_images_moved_by_a_pixel(detector):
     ours = Detector(networks, SMALL.replace(tta=True), CPU, calibration=detector.calibration)
     ours.set_quantile()
     assert ours.batch == detector.batch // 4
-    ((m, heat),) = ours.map_batches(pixels, lambda _, m: (m, ours.heat_maps(pixels)))
+    (m,), heat = ours.map_batches(pixels, lambda _, m: m), ours.heat_maps(pixels)
     values = [*m.maps.values(), *m.plain.values(), m.gaps]
     flat = torch.cat([v.reshape(3, -1).double() for v in values], 1)
     assert torch.allclose(flat, total, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ images=$(realpath "$1") out=$(mkdir -p "$2" && realpath "$2")
 cd "$(dirname "$0")/../.."
 : "${DEVICE:=cuda}" "${STEPS:=3000}" "${MNIST_STEPS:=11800}" "${SIZES:=64 128 256}" "${MORE_SEEDS:=43 44}"
 : "${SPEED:=--only roof training --seconds 1 --threads 1}" "${SHAPES:=256,64,64 64,16,64}"
-: "${AMPS:=bf16 fp16}" # a CPU takes minutes for a step in fp16
+: "${AMPS:=bf16 fp16}" # a CPU took over five minutes for ten steps in fp16
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python} DEVICE # make takes both from here
 
 part() { # name, command

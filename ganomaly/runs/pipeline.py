@@ -35,7 +35,7 @@ class Setting:
     device: torch.device
     force: bool = False  # train anew, over what is there
     download: bool = False  # fetch mnist or cifar10 where it is missing
-    recipe: str | None = None  # its name; its committed table stands beside the results
+    recipe: str | None = None  # its name; a committed table of this name stands beside the results
 
 
 def run_of(config: Config, folder: Path, setting: Setting) -> Run:
