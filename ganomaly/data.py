@@ -22,7 +22,7 @@ from torch import Tensor
 from ganomaly.config import Config
 from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
-from ganomaly.images import Kind, full_scale_of, kind_of, note_all, read_images, to_pixels
+from ganomaly.images import FULL_SCALES, Kind, kind_of, note_all, read_images, to_pixels
 from ganomaly.masks import load_masks, mask_files
 from ganomaly.paths import THUMBNAILS, image_files, note_left_out
 
@@ -203,9 +203,11 @@ def load_folder(config: Config, root: Path) -> Category:
         )
     # One tensor in the order of the parts, so that no part is a copy
     paths = [train[i] for i in torch.cat([kept, held_out])] + [path for path, _ in test]
-    full_scale = full_scale_of(train)
-    pixels, facts = read_images(paths, config.image_size, config.channels, full_scale)
-    kind = kind_of(facts[: len(train)], full_scale)
+    pixels, facts = read_images(paths, config.image_size, config.channels)
+    kind = kind_of(facts[: len(train)])
+    if kind.full_scale not in (0, FULL_SCALES[-1]):  # of a camera of fewer than 16 bits
+        pixels, facts = read_images(paths, config.image_size, config.channels, kind.full_scale)
+        kind = kind_of(facts[: len(train)])
     note_all(paths, facts, kind)
     masks = mask_files(folder, test)
     note_left_out(folder, [*paths, *(mask for masks in masks for mask in masks)])
@@ -300,7 +302,7 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
         test_labels=labels,
         test_defects=[names[anomaly] if label else "good" for label in labels],
         test_paths=[f"{names[classes[i]]}/{i:05d}" for i in test],
-        kind=kind_of([facts for _, facts in read[:n_train]], 0),
+        kind=kind_of([facts for _, facts in read[:n_train]]),
     )
 
 

@@ -85,26 +85,6 @@ def swapped(arguments: str | tuple) -> str | tuple:
     return f"{before};16{'B' if order.replace('N', native) == 'L' else 'L'}"
 
 
-def full_scale_of(paths: Sequence[Path]) -> int:
-    """The full scale of 16-bit files: the smallest of FULL_SCALES that holds their levels.
-
-    Cameras of 10 or 12 bits write such files. Images of one set share one range. 0 where all
-    files have 8 bits, or cannot be read.
-    """
-
-    def brightest(path: Path) -> int:
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                levels = levels_of(image)
-            return 0 if levels is None else int(levels.max())
-        except Exception:  # read_images tells what is wrong
-            return 0
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        most = max(pool.map(brightest, paths), default=0)
-    return next(scale for scale in (0, *FULL_SCALES) if most <= scale)
-
-
 def to_pixels(
     image: Image.Image, image_size: int, channels: int, full_scale: int = 0
 ) -> tuple[np.ndarray, Facts]:
@@ -181,8 +161,14 @@ def read_images(
     return pixels, facts
 
 
-def kind_of(facts: Sequence[Facts], full_scale: int) -> Kind:
+def kind_of(facts: Sequence[Facts]) -> Kind:
+    """Images of one set share one full scale, the smallest of FULL_SCALES that holds their levels.
+
+    Cameras of 10 or 12 bits write 16-bit files too.
+    """
     aspects, colours = [one.aspect for one in facts], [one.colour for one in facts]
+    most = max(one.brightest for one in facts)
+    full_scale = next(scale for scale in (0, *FULL_SCALES) if most <= scale)
     return Kind(full_scale, (min(aspects), max(aspects)), (min(colours), max(colours)))
 
 
