@@ -22,7 +22,7 @@ from torch import Tensor
 from ganomaly.config import Config
 from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
-from ganomaly.images import FULL_SCALES, Kind, kind_of, note_all, read_images, to_pixels
+from ganomaly.images import FULL_SCALES, Kind, kind_of, note_odd, read_images, to_pixels
 from ganomaly.masks import load_masks, mask_files
 from ganomaly.paths import THUMBNAILS, image_files, note_left_out
 
@@ -208,7 +208,7 @@ def load_folder(config: Config, root: Path) -> Category:
     if kind.full_scale not in (0, FULL_SCALES[-1]):  # of a camera of fewer than 16 bits
         pixels, facts = read_images(paths, config.image_size, config.channels, kind.full_scale)
         kind = kind_of(facts[: len(train)])
-    note_all(paths, facts, kind)
+    note_odd(paths, facts, kind)
     masks = mask_files(folder, test)
     note_left_out(folder, [*paths, *(mask for masks in masks for mask in masks)])
     category = Category(

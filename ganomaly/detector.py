@@ -22,7 +22,7 @@ from ganomaly.batches import from_input, to_input
 from ganomaly.config import Config
 from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import model_file, read_torch
-from ganomaly.images import Kind, note_all, read_images
+from ganomaly.images import Kind, note_odd, read_images
 from ganomaly.networks import build
 from ganomaly.packed import packed
 from ganomaly.scoring import Calibration, Measured, Outputs, Raw, Statistics, p_values
@@ -147,7 +147,7 @@ class Detector:
             if not all(isinstance(path, str | Path) for path in paths):
                 raise ValueError("images are paths of files, or one uint8 tensor (N, C, S, S)")
             images, facts = read_images(paths, c.image_size, c.channels, self.kind.full_scale)
-            note_all(paths, facts, self.kind)
+            note_odd(paths, facts, self.kind)
         if images.dtype != torch.uint8 or images.shape[1:] != (c.channels, *[c.image_size] * 2):
             raise ValueError(
                 f"images are {images.dtype} of {tuple(images.shape)}; uint8 of "

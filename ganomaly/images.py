@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -172,41 +172,29 @@ def kind_of(facts: Sequence[Facts]) -> Kind:
     return Kind(full_scale, (min(aspects), max(aspects)), (min(colours), max(colours)))
 
 
-class Notes:
-    """Collects what is odd about images, and where they differ from the training images."""
+def note_odd(paths: Sequence[str | Path], facts: Sequence[Facts], kind: Kind) -> None:
+    """Print what is odd about images, and where they differ from the training images.
 
-    def __init__(self, kind: Kind):
-        self.kind, self.n = kind, 0
-        self.found: dict[str, list[str | Path]] = defaultdict(list)  # note -> images
-
-    def add(self, path: str | Path, facts: Facts) -> None:
-        kind, notes, self.n = self.kind, list(facts.notes), self.n + 1
-        if facts.brightest and not kind.full_scale:
+    One line for each kind of note, on standard error.
+    """
+    found: dict[str, list[str | Path]] = defaultdict(list)  # note -> images
+    for path, one in zip(paths, facts):
+        notes = list(one.notes)
+        if one.brightest and not kind.full_scale:
             notes.append("have 16 bits, the training images have 8; 65535 is taken as white")
-        elif facts.brightest > kind.full_scale:
+        elif one.brightest > kind.full_scale:
             notes.append(f"are brighter than {kind.full_scale}, which is white since training")
         low, high = kind.colour
-        if facts.colour > COLOURED + 2 * high and high <= COLOURED:
+        if one.colour > COLOURED + 2 * high and high <= COLOURED:
             notes.append("are in colour, the training images are grey")
-        elif facts.colour <= GREY and low > COLOURED:
+        elif one.colour <= GREY and low > COLOURED:
             notes.append("are grey, the training images are in colour")
         low, high = kind.aspect
-        if not low / ALIKE <= facts.aspect <= high * ALIKE:
+        if not low / ALIKE <= one.aspect <= high * ALIKE:
             shapes = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
             notes.append(f"have another width / height than the training images ({shapes})")
         for note in notes:
-            self.found[note].append(path)
-
-    def print(self) -> None:
-        """One line for each kind of note, on standard error."""
-        for note, paths in self.found.items():
-            text = f"{len(paths)} of {self.n} images {note}; the first: {paths[0]}"
-            print(f"note: {text}", file=sys.stderr)
-
-
-def note_all(paths: Iterable[str | Path], facts: Iterable[Facts], kind: Kind) -> None:
-    """Print the notes on images that were read at once."""
-    notes = Notes(kind)
-    for path, one in zip(paths, facts):
-        notes.add(path, one)
-    notes.print()
+            found[note].append(path)
+    for note, odd in found.items():
+        text = f"{len(odd)} of {len(facts)} images {note}; the first: {odd[0]}"
+        print(f"note: {text}", file=sys.stderr)

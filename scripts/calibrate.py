@@ -17,7 +17,7 @@ from ganomaly.detector import load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, write_torch
-from ganomaly.images import note_all, read_images
+from ganomaly.images import note_odd, read_images
 from ganomaly.paths import find_images
 from ganomaly.runs.results import promise
 
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     paths = [path for text in args.images for path, _ in find_images(text)]
     check_output(output, [args.model, *paths])
     images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)
-    note_all(paths, facts, detector.kind)
+    note_odd(paths, facts, detector.kind)
     distinct = {mark: i for i, mark in enumerate(fingerprints(images))}
     new = sorted(distinct[mark] for mark in distinct.keys() - set(detector.trained_on))
     left_out = {

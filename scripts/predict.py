@@ -28,7 +28,7 @@ from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
 from ganomaly.files import check_output, lock, path_in_error, write_atomic, write_output
-from ganomaly.images import Notes, decode, read_image
+from ganomaly.images import Facts, decode, note_odd, read_image
 from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
 from ganomaly.runs.results import promise
@@ -65,17 +65,17 @@ def main(argv=None) -> int:
     if args.heatmaps:
         check_heatmaps(args.heatmaps, items)
 
-    notes = Notes(detector.kind)
+    seen: list[tuple[str, Facts]] = []
     with open_rows(args, items, detector) as (file, done):
         rows, writer = [*done], csv.writer(file, lineterminator="\n")
         writer.writerows([HEADER, *done])
-        for batch in judged(detector, items[len(done) :], args.heatmaps, notes):
+        for batch in judged(detector, items[len(done) :], args.heatmaps, seen):
             writer.writerows(batch)
             file.flush()
             rows += batch
     counts = Counter(verdict.partition(":")[0] for _, _, _, verdict, _ in rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
-    notes.print()
+    note_odd([path for path, _ in seen], [facts for _, facts in seen], detector.kind)
     promised = promise(len(detector.normal), detector.config.quantile)
     text = f"{len(items)} images: {kinds}; {promised}"
     if args.report:
@@ -167,9 +167,9 @@ def heatmap_of(folder: Path, name: str) -> Path:
 
 
 def judged(
-    detector: Detector, items: list[Item], heatmaps: Path | None, notes: Notes
+    detector: Detector, items: list[Item], heatmaps: Path | None, seen: list
 ) -> Iterator[list]:
-    """Yield the rows of each batch of items."""
+    """Yield the rows of each batch of items; add path and facts of those that were read to seen."""
     config, white = detector.config, detector.kind.full_scale
     threshold = f"{detector.threshold:.9g}"
     results = decode([path for path, _ in items], config.image_size, config.channels, white)
@@ -189,7 +189,7 @@ def judged(
             score, p_value, defective, *parts = next(answers)
             verdict = "defective" if defective else "normal"
             rows.append([path, f"{score:.9g}", threshold, verdict, f"{p_value:.4g}"])
-            notes.add(path, read[1])
+            facts = read[1]
             if heatmaps:
                 large = read_image(path, SIDE, config.channels, white)
                 if not isinstance(large, str):  # it was there a moment ago
@@ -201,7 +201,9 @@ def judged(
                     except OSError as error:
                         if error.errno != errno.ENAMETOOLONG:
                             raise
-                        notes.found["have a name that is too long for a heat map"].append(path)
+                        note = "have a name that is too long for a heat map"
+                        facts = facts._replace(notes=(*facts.notes, note))
+            seen.append((path, facts))
         yield rows
 
 
