@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from ganomaly import config as configuration
@@ -160,20 +160,26 @@ class Detector:
         return Verdicts(scores, p_values(self.normal, scores), scores > self.threshold)
 
     @torch.inference_mode()
-    def map_batches(self, pixels: Tensor, function: Callable[[Outputs, Measured], Any]) -> list:
-        """function(outputs, measured) of every batch of uint8 images (N, C, S, S), in float32."""
+    def map_batches(self, pixels: Tensor, function: Callable[[Outputs, Measured], Any]) -> Any:
+        """function(outputs, measured) of uint8 images (N, C, S, S), batch by batch in float32.
+
+        Its tensors are joined, on the CPU. UserError where one is not finite, as after a training
+        that diverged.
+        """
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
         with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
             outputs = (self.outputs(batch) for batch in bar)
             networks, tta = self.scoring_networks, self.config.tta
-            return [function(o, measured_by(networks, o, tta)) for o in outputs]
+            measured = ((o, measured_by(networks, o, tta)) for o in outputs)
+            parts = [tree_map(Tensor.cpu, function(o, m)) for o, m in measured]
+        joined = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+        if not all(tensor.isfinite().all() for tensor in tree_leaves(joined)):
+            raise UserError("a score is not finite: the training diverged, lower --lr")
+        return joined
 
     def raw(self, pixels: Tensor) -> Raw:
-        """All uncalibrated scores of uint8 images (N, C, S, S).
-
-        UserError where one is not finite, as after a training that diverged.
-        """
-        return joined(self.map_batches(pixels, lambda o, m: scoring.raw_scores(m)))
+        """All uncalibrated scores of uint8 images (N, C, S, S)."""
+        return self.map_batches(pixels, lambda o, m: scoring.raw_scores(m))
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
@@ -183,7 +189,7 @@ class Detector:
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
         fitted = self.calibration.statistics
-        return torch.cat(self.map_batches(pixels, lambda o, m: scoring.heat_map(m, fitted).cpu()))
+        return self.map_batches(pixels, lambda o, m: scoring.heat_map(m, fitted))
 
     def explain(self, pixels: Tensor) -> tuple[Verdicts, Tensor, Tensor]:
         """Verdicts, reconstructions and heat maps of uint8 images (N, C, S, S), in one pass.
@@ -191,16 +197,12 @@ class Detector:
         A reconstruction is x_hat as uint8 (C, S, S), in the exposure of its image. For heat maps
         (S, S) see scoring.heat_map. All are on the CPU.
         """
-        fitted = self.calibration.statistics
-        parts = self.map_batches(
-            pixels,
-            lambda o, m: (scoring.raw_scores(m), o.x_hat.cpu(), scoring.heat_map(m, fitted)),
+        fitted, name = self.calibration.statistics, self.config.score
+        raw, x_hat, heat = self.map_batches(
+            pixels, lambda o, m: (scoring.raw_scores(m), o.x_hat, scoring.heat_map(m, fitted))
         )
-        raws, x_hats, heats = zip(*parts)
-        name = self.config.score
-        verdicts = self.verdicts(scoring.all_scores(joined(raws), fitted, [name])[name])
-        x_hat = from_input(torch.cat(x_hats), pixels, self.scale)
-        return verdicts, x_hat, torch.cat(heats).cpu()
+        verdicts = self.verdicts(scoring.all_scores(raw, fitted, [name])[name])
+        return verdicts, from_input(x_hat, pixels, self.scale), heat
 
     def state(self) -> dict:
         """The content of model.pt: tensors, numbers and text only."""
@@ -214,16 +216,6 @@ class Detector:
             "kind": tuple(self.kind),
             "trained_on": self.trained_on,
         }
-
-
-def joined(parts: Sequence[Raw]) -> Raw:
-    """The raw scores of several batches as one, on the CPU. UserError where one is not finite."""
-    scores = {n: torch.cat([part.scores[n] for part in parts]).cpu() for n in parts[0].scores}
-    raw = Raw(scores, torch.cat([part.gaps for part in parts]).cpu())
-    for name, values in {**scores, "z - z_hat": raw.gaps}.items():
-        if not values.isfinite().all():
-            raise UserError(f"{name} is not finite: the training diverged, lower --lr")
-    return raw
 
 
 def load_detector(path, device: torch.device) -> Detector:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 FOLDS = 5
 
@@ -128,15 +129,14 @@ def measure(o: Outputs) -> Measured:
     return Measured(maps, plain, (o.z - o.z_hat).double())
 
 
-@dataclass
-class Raw:
+class Raw(NamedTuple):
     """Scores of N images before any calibration."""
 
     scores: dict[str, Tensor]  # name -> (N,) float32
     gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
-    def __getitem__(self, index: Tensor) -> "Raw":
-        return Raw({name: s[index] for name, s in self.scores.items()}, self.gaps[index])
+    def of(self, images: Tensor) -> "Raw":
+        return tree_map(lambda values: values[images], self)
 
 
 def raw_scores(m: Measured) -> Raw:
@@ -241,7 +241,7 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     scores: dict[str, Tensor] = {}
     for fold in order.tensor_split(FOLDS):
         others = order[~torch.isin(order, fold)]
-        for name, values in all_scores(raw[fold], fit(raw[others])).items():
+        for name, values in all_scores(raw.of(fold), fit(raw.of(others))).items():
             scores.setdefault(name, torch.empty(n))[fold] = values
     return Calibration(fit(raw), {name: s.sort().values for name, s in scores.items()})
 
