@@ -58,34 +58,14 @@ class Category:
 
 def load(config: Config, data_root: Path | None = None, download: bool = False) -> Category:
     """The images of one run. UserError where they are missing, unreadable or too few."""
-    check_class(config)
-    root = data_root_of(config.dataset, data_root)
-    if config.in_folders:
-        return load_folder(config, root)
-    return load_one_class_out(config, *arrays(config.dataset, root, download))
+    folder = category_folder(config, data_root)
+    if folder is None:
+        return load_one_class_out(config, *arrays(config.dataset, data_root, download))
+    return load_folder(config, folder, category_name(config, data_root))
 
 
 def data_root_of(dataset: str, data_root: Path | None) -> Path:
     return Path(data_root or ROOTS.get(dataset, "data"))
-
-
-def check_category(config: Config, data_root: Path | None) -> None:
-    """UserError where there is no such category, before any image is read."""
-    check_class(config)
-    if config.in_folders:
-        category_folder(config, data_root)
-
-
-def check_class(config: Config) -> None:
-    """UserError where the data set has fixed category names and this is none of them."""
-    known = CLASSES.get(config.dataset)
-    if known and config.category not in known:
-        names = f"{', '.join(known)}, not {config.category}"
-        message = f"category: {config.dataset} needs one of {names}"
-        raise UserError(f"{message}; --dataset names another data set")
-
-
-# Folders: MVTec AD's layout
 
 
 def category_name(config: Config, data_root: Path | None) -> str:
@@ -94,8 +74,18 @@ def category_name(config: Config, data_root: Path | None) -> str:
     return config.category or os.path.basename(os.path.abspath(root))
 
 
-def category_folder(config: Config, data_root: Path | None) -> Path:
-    """The category's folder; UserError where there is nothing in it to train on."""
+def category_folder(config: Config, data_root: Path | None) -> Path | None:
+    """The category's folder; None for digits, MNIST and CIFAR-10, which have none.
+
+    No image is read. UserError where there is no such category, or no image in it to train on.
+    """
+    known = CLASSES.get(config.dataset)
+    if known and config.category not in known:
+        names = f"{', '.join(known)}, not {config.category}"
+        message = f"category: {config.dataset} needs one of {names}"
+        raise UserError(f"{message}; --dataset names another data set")
+    if not config.in_folders:
+        return None
     root = data_root_of(config.dataset, data_root)
     folder = root / config.category if config.category else root
     if is_category(folder):
@@ -141,13 +131,9 @@ def missing_categories(
     """The categories whose images are not there: name -> reason."""
     missing = {}
     for name in names:
-        one = config.replace(category=name)
-        check_class(one)
         try:
-            if config.in_folders:
-                category_folder(one, data_root)
-            else:
-                arrays(config.dataset, data_root_of(config.dataset, data_root), download)
+            if category_folder(config.replace(category=name), data_root) is None:
+                arrays(config.dataset, data_root, download)
         except UserError as error:
             missing[name] = str(error)
     return missing
@@ -168,9 +154,9 @@ def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
     A finished run knows its images by them. Empty for digits, MNIST and CIFAR-10. UserError where
     the category's folder is not there.
     """
-    if not config.in_folders:
-        return {}
     folder = category_folder(config, data_root)
+    if folder is None:
+        return {}
     test = test_files(folder)
     masks = [mask for masks in mask_files(folder, test) for mask in masks]
     return {
@@ -190,8 +176,7 @@ def content_hash(paths: list[Path], folder: Path) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()[:16]
 
 
-def load_folder(config: Config, root: Path) -> Category:
-    folder = category_folder(config, root)
+def load_folder(config: Config, folder: Path, name: str) -> Category:
     train = train_files(folder)
     kept, held_out = split_calibration(len(train), config, folder)
     test = test_files(folder)
@@ -212,7 +197,7 @@ def load_folder(config: Config, root: Path) -> Category:
     masks = mask_files(folder, test)
     note_left_out(folder, [*paths, *(mask for masks in masks for mask in masks)])
     category = Category(
-        name=category_name(config, root),
+        name=name,
         train=pixels[: len(kept)],
         calibration=pixels[len(kept) : len(train)],
         test=pixels[len(train) :],
@@ -256,7 +241,9 @@ def test_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 @functools.lru_cache(maxsize=1)  # a benchmark asks for the same images for every class
-def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], np.ndarray]:
+def arrays(
+    dataset: str, data_root: Path | None, download: bool
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Images (h, w) or (h, w, 3) in uint8 and their class numbers, train and test pooled."""
     if dataset == "digits":
         from sklearn.datasets import load_digits  # late, as it is slow to import
@@ -266,6 +253,7 @@ def arrays(dataset: str, root: Path, download: bool) -> tuple[list[np.ndarray], 
     from torchvision import datasets  # late, as it is slow to import
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
+    root = data_root_of(dataset, data_root)
     try:
         with locked(root, wait=True) if download else contextlib.nullcontext():
             parts = [kind(root, train=train, download=download) for train in (True, False)]

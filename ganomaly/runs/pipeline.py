@@ -47,7 +47,7 @@ def run_of(config: Config, folder: Path, setting: Setting) -> Run:
     config = config.replace(amp=resolve_amp(config.amp, setting.device))
     if not setting.force:
         experiment.check_recipe(folder, config)
-    data.check_category(config, setting.data_root)
+    data.category_folder(config, setting.data_root)
     return Run(folder, data.category_name(config, setting.data_root), config)
 
 
