@@ -213,19 +213,15 @@ def heat_map(m: Measured, statistics: Statistics) -> Tensor:
     return sum(maps) / len(maps)
 
 
-def fit_whitening(gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse Ledoit-Wolf covariance of z - z_hat (n, latent_dim)."""
-    from sklearn.covariance import LedoitWolf  # late: slow to import, and predict.py needs none
-
-    fitted = LedoitWolf().fit(gaps.numpy())
-    return torch.from_numpy(fitted.location_), torch.from_numpy(fitted.precision_)
-
-
 def fit(raw: Raw) -> Statistics:
     """Statistics of n normal images; a standard deviation is at least 1e-12."""
+    from sklearn.covariance import LedoitWolf  # late: slow to import, and predict.py needs none
+
+    fitted = LedoitWolf().fit(raw.gaps.numpy())
     parts = {name: raw.scores[name].double() for name in STANDARDISED if name in raw.scores}
     return Statistics(
-        *fit_whitening(raw.gaps),
+        torch.from_numpy(fitted.location_),
+        torch.from_numpy(fitted.precision_),
         {name: (float(s.mean()), max(float(s.std()), 1e-12)) for name, s in parts.items()},
     )
 

@@ -19,14 +19,7 @@ from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
 from ganomaly.packed import Packed, packed
-from ganomaly.scoring import (
-    calibrate,
-    fit_whitening,
-    p_values,
-    share_above,
-    threshold_at,
-    whitened,
-)
+from ganomaly.scoring import calibrate, fit, p_values, share_above, threshold_at, whitened
 
 from .conftest import CPU, ROOT, images
 
@@ -266,7 +259,8 @@ def gaps(n, dim, seed):
 
 
 def test_whitened_is_the_mean_square_of_the_gaps_on_the_axes_of_normal_ones():
-    mean, precision = fit_whitening(gaps(60, 6, 1))
+    fitted = fit(raw_scores(gaps(60, 6, 1)))
+    mean, precision = fitted.mean, fitted.precision
     fresh = gaps(10, 6, 1) * 1.5
     distances = torch.linalg.cholesky(precision).T @ (fresh - mean).T
     expected = distances.square().mean(0).float()
@@ -316,8 +310,8 @@ def test_threshold_is_the_conformal_rank():
 
 
 def test_there_are_five_folds_of_equal_size(monkeypatch):
-    sizes, real = [], fit_whitening
-    monkeypatch.setattr(scoring, "fit_whitening", lambda g: sizes.append(len(g)) or real(g))
+    sizes = []
+    monkeypatch.setattr(scoring, "fit", lambda raw: sizes.append(len(raw.gaps)) or fit(raw))
     calibrate(raw_scores(gaps(12, 3, 0)), seed=0)
     assert sorted(sizes) == [9, 9, 10, 10, 10, 12]
 
