@@ -33,7 +33,6 @@ class Trained:
     networks: dict[str, nn.Module]  # the discriminator's last weights, the others' running average
     scale: float | None  # of the normalised input, see batches.to_input
     seconds: float  # of training, checkpoints left out
-    images_per_second: float
 
 
 def train(config: Config, images: Tensor, device: torch.device, recorder) -> Trained:
@@ -184,7 +183,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                     f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
                     "the last checkpoint is kept"
                 )
-            if save and not all_finite(float_tensors(networks.values())):
+            tensors = float_tensors(networks.values())
+            if save and not torch.stack([t.isfinite().all() for t in tensors]).all():
                 raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
@@ -201,19 +201,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             recorder.save({**state, "step": step, "seconds": elapsed})
             seconds, start = elapsed, time.perf_counter()
 
-    speed = config.steps * config.batch_size / seconds
-    return Trained({**networks, **averages}, scale, seconds, speed)
+    return Trained({**networks, **averages}, scale, seconds)
 
 
 def float_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
     """Every parameter and BatchNorm statistic of the networks, detached."""
     values = [value for network in networks for value in network.state_dict().values()]
     return [value for value in values if value.is_floating_point()]
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """One wait for the device."""
-    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -139,7 +139,7 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
         run.write_samples(detector.outputs(shown))
         training = {
             "train_seconds": round(trained.seconds, 2),
-            "images_per_second": round(trained.images_per_second, 1),
+            "images_per_second": round(config.steps * config.batch_size / trained.seconds, 1),
             "provenance": origin,
         }
         metrics = evaluation.assess(detector, category, training, run)
