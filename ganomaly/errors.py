@@ -49,12 +49,6 @@ def lost_device(error: BaseException) -> bool:
     return type(error).__name__ == "AcceleratorError" and not out_of_memory(error)
 
 
-def exit_code(code: int) -> int:
-    """0 for codes 1 and 2 under torchrun, which would start the processes again in vain."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return 0 if code in (1, 2) and restarts else code
-
-
 def quiet(failure: threading.ExceptHookArgs) -> None:
     """Print no OSError of TensorBoard's thread, such as a full disk: the main thread reports it."""
     if not isinstance(failure.exc_value, OSError):
@@ -96,14 +90,14 @@ def open_streams() -> None:
 def guard(main, argv: list[str] | None = None) -> int:
     """Run a script's main(argv); returns its exit code.
 
-    0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C.
+    0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C. Under torchrun 0 also stands for
+    1 and 2, as it would start the processes again in vain.
     """
     threading.excepthook = quiet
     open_streams()
     try:
         code = main(argv) or 0
         sys.stdout.flush()
-        return code
     except KeyboardInterrupt as interruption:
         print("\n" + ": ".join(["interrupted", *interruption.args]), file=sys.stderr)
         return 130
@@ -113,9 +107,11 @@ def guard(main, argv: list[str] | None = None) -> int:
             raise
         if not isinstance(error, BrokenPipeError):  # the reader of a pipe may leave
             print(f"error: {line}", file=sys.stderr)
-        return 2
+        code = 2
     finally:
         try:
             sys.stdout.flush()
         except OSError:  # a closed pipe or a full disk. Python must not flush again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return 0 if code in (1, 2) and restarts else code

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ganomaly import cli, data
 from ganomaly.config import Config, resolve
 from ganomaly.device import use_device
-from ganomaly.errors import UserError, exit_code, guard
+from ganomaly.errors import UserError, guard
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.experiment import runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
@@ -146,4 +146,4 @@ def page(runs: Runs) -> Page:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(guard(main)))
+    sys.exit(guard(main))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ganomaly import cli, data
 from ganomaly.config import resolve
 from ganomaly.device import use_device
-from ganomaly.errors import UserError, exit_code, flag, guard
+from ganomaly.errors import UserError, flag, guard
 from ganomaly.files import write_atomic
 from ganomaly.runs import experiment, pipeline
 from ganomaly.runs.report import report_page
@@ -72,4 +72,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(guard(main)))
+    sys.exit(guard(main))
