@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from ganomaly import config as configuration
@@ -23,14 +24,12 @@ READ = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviated flags; `given` has the Config values."""
+    """argparse with one-line errors and no abbreviated flags."""
 
     def __init__(self, description: str):
         super().__init__(
             usage="%(prog)s [flags]", description=description, allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(
-                prog, max_help_position=32, width=100
-            ),
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=100),
         )  # fmt: skip
 
     def error(self, message: str):
@@ -48,19 +47,6 @@ class Parser(argparse.ArgumentParser):
                 help=key.metadata["help"] + choices + default,
                 **READ[str(key.type).split()[0]],
             )
-
-    def given(self, args: argparse.Namespace) -> dict:
-        """The Config values of the command line: --config's, overridden by flags.
-
-        Where --dataset is not the file's, the data set's own defaults override the file's values.
-        """
-        values = {}
-        if args.config:
-            values = dataclasses.asdict(configuration.load(args.config))
-            if args.dataset not in (None, values["dataset"]):
-                values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
-        given = {name: vars(args)[name] for name in FIELDS}
-        return values | {name: value for name, value in given.items() if value is not None}
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -138,16 +124,23 @@ def recipe_name(args: argparse.Namespace) -> str:
     return args.config.absolute().parent.name if args.config.stem == "config" else args.config.stem
 
 
-def recipe_values(parser: Parser, args: argparse.Namespace) -> dict:
-    """The values of --config, else of the recipe, with the flags' over them."""
-    if args.config is None and args.recipe is not None:
-        args.config = EXPERIMENTS / args.recipe / "config.json"
-        if not is_name(args.recipe) or not args.config.is_file():
+def given_values(args: argparse.Namespace) -> dict:
+    """The Config values of --config, else of --recipe, overridden by flags.
+
+    Where --dataset is not the file's, the data set's own defaults override the file's values.
+    """
+    values, recipe = {}, vars(args).get("recipe")
+    if args.config is None and recipe is not None:
+        args.config = EXPERIMENTS / recipe / "config.json"
+        if not is_name(recipe) or not args.config.is_file():
             recipes = sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
-            raise UserError(
-                f"--recipe {args.recipe}: no such recipe; {nearest(args.recipe, recipes)}"
-            )
-    return parser.given(args)
+            raise UserError(f"--recipe {recipe}: no such recipe; {nearest(recipe, recipes)}")
+    if args.config:
+        values = dataclasses.asdict(configuration.load(args.config))
+        if args.dataset not in (None, values["dataset"]):
+            values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
+    given = {name: vars(args)[name] for name in FIELDS}
+    return values | {name: value for name, value in given.items() if value is not None}
 
 
 def note_unused_root(config: Config, args: argparse.Namespace) -> None:

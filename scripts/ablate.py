@@ -50,7 +50,7 @@ def main(argv=None) -> int:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     experiment = args.experiment or f"local/ablations-{cli.recipe_name(args)}"
-    recipe = resolve({**cli.recipe_values(parser, args), "category": None})
+    recipe = resolve({**cli.given_values(args), "category": None})
     folder = cli.experiment_folder(args, experiment)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")

@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     recipe = cli.recipe_name(args)
-    base = resolve({**cli.recipe_values(parser, args), "category": None})
+    base = resolve({**cli.given_values(args), "category": None})
     folder = cli.experiment_folder(args, args.experiment or f"local/{recipe}")
     cli.note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=

@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     cli.add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
-    given = parser.given(args)
+    given = cli.given_values(args)
     asked = configuration.resolve(given)
     folder = cli.experiment_folder(args, args.experiment)
 

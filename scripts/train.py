@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     cli.add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
-    config = resolve(cli.recipe_values(parser, args))
+    config = resolve(cli.given_values(args))
     recipe = cli.recipe_name(args) if args.config else "of the defaults"
     folder = cli.experiment_folder(args, args.experiment)
     cli.note_unused_root(config, args)

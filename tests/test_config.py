@@ -4,7 +4,7 @@ import json
 import pytest
 
 from ganomaly import config as configuration
-from ganomaly.cli import Parser
+from ganomaly.cli import Parser, given_values
 from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, checked, from_json, knob, resolve
 from ganomaly.errors import UserError
 
@@ -14,7 +14,7 @@ from .conftest import CHANGES, ROOT, committed
 def parsed(*words: str) -> Config:
     parser = Parser("test")
     parser.add_config_flags()
-    return resolve(parser.given(parser.parse_args(list(words))))
+    return resolve(given_values(parser.parse_args(list(words))))
 
 
 def test_the_paper_recipe_is_the_defaults_with_its_precision_fixed():
@@ -105,7 +105,7 @@ def test_a_knob_may_be_a_bool(monkeypatch):
     parser = Parser("test")
     parser.add_config_flags()
     for word, expected in (("--switch", True), ("--no-switch", False)):
-        value = parser.given(parser.parse_args([word]))["switch"]
+        value = given_values(parser.parse_args([word]))["switch"]
         assert checked(field, value) is expected
     with pytest.raises(UserError, match="switch: .* allowed: true or false"):
         checked(field, 1)
