@@ -34,7 +34,6 @@ CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
-ROOTS = {"mvtec": "data/mvtec"}  # default --data-root, else data
 HINTS = {
     "mvtec": "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
     "folder": "put images of good parts there, or name another --data-root",
@@ -65,7 +64,7 @@ def load(config: Config, data_root: Path | None = None, download: bool = False) 
 
 
 def data_root_of(dataset: str, data_root: Path | None) -> Path:
-    return Path(data_root or ROOTS.get(dataset, "data"))
+    return Path(data_root or ("data/mvtec" if dataset == "mvtec" else "data"))
 
 
 def category_name(config: Config, data_root: Path | None) -> str:
@@ -197,10 +196,8 @@ def load_folder(config: Config, folder: Path, name: str) -> Category:
     masks = mask_files(folder, test)
     note_left_out(folder, [*paths, *(mask for masks in masks for mask in masks)])
     category = Category(
-        name=name,
-        train=pixels[: len(kept)],
-        calibration=pixels[len(kept) : len(train)],
-        test=pixels[len(train) :],
+        name,
+        *pixels.split([len(kept), len(held_out), len(test)]),
         test_labels=np.array([int(defect != "good") for _, defect in test], dtype=np.int64),
         test_defects=[defect for _, defect in test],
         test_paths=[path.relative_to(folder).as_posix() for path, _ in test],
@@ -283,10 +280,8 @@ def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.nda
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in read]))
     labels = (classes[test] == anomaly).astype(np.int64)
     return Category(
-        name=config.category,
-        train=pixels[: len(kept)],
-        calibration=pixels[len(kept) : n_train],
-        test=pixels[n_train:],
+        config.category,
+        *pixels.split([len(kept), len(held_out), len(test)]),
         test_labels=labels,
         test_defects=[names[anomaly] if label else "good" for label in labels],
         test_paths=[f"{names[classes[i]]}/{i:05d}" for i in test],
