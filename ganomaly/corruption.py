@@ -25,12 +25,13 @@ class Corruption:
     numbers. scale: as for to_input.
     """
 
-    def __init__(self, images: Tensor, seed: int, scale: float | None, device: torch.device):
-        self.images, self.scale, self.device = images, scale, device
+    def __init__(self, images: Tensor, seed: int, scale: float | None):
+        self.images, self.scale, device = images, scale, images.device
         # Sizes are drawn on the host and pixels on the device, so no step waits for a GPU
         self.host = self.rng = torch.Generator().manual_seed(seed)
         if device.type != "cpu":
             self.rng = torch.Generator(device).manual_seed(seed)
+        self.draw = {"generator": self.rng, "device": device}
         size = images.shape[-1]
         side = min(size, MASK_SIDE)
         masks = torch.stack([draw_mask(side, self.host) for _ in range(MASKS)])[:, None]
@@ -43,17 +44,11 @@ class Corruption:
 
     def uniform(self, n: int) -> Tensor:
         """(n, 1, 1, 1) in [0, 1): one number for each image."""
-        return torch.rand(n, 1, 1, 1, generator=self.rng, device=self.device)
-
-    def gaussian(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.rng, device=self.device)
-
-    def integers(self, low: int, high: int, n: int) -> Tensor:
-        return torch.randint(low, high, (n,), generator=self.rng, device=self.device)
+        return torch.rand(n, 1, 1, 1, **self.draw)
 
     def colour(self, like: Tensor) -> Tensor:
         """A random change of colour for each image."""
-        return self.chroma * self.gaussian(*like.shape[:2], 1, 1)
+        return self.chroma * torch.randn(*like.shape[:2], 1, 1, **self.draw)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
         """Masks or pieces to paste: transposed, mirrored, rolled by up to reach * S pixels.
@@ -66,7 +61,7 @@ class Corruption:
         reach = max(1, int(reach * size))
         rows, columns = (
             torch.where(self.uniform(n)[:, 0, 0] < 0.5, pixel, pixel.flip(0))
-            .add(self.integers(-reach, reach + 1, n)[:, None])
+            .add(torch.randint(-reach, reach + 1, (n, 1), **self.draw))
             .remainder(size)
             for _ in range(2)
         )
@@ -84,12 +79,13 @@ class Corruption:
         The mask is empty where the change came out too small to see.
         """
         n, _, size, _ = x.shape
-        alpha = self.moved(self.masks[self.integers(0, MASKS, n)], 0.25)  # (B, 1, S, S) in [0, 1]
+        picked = torch.randint(MASKS, (n,), **self.draw)
+        alpha = self.moved(self.masks[picked], 0.25)  # (B, 1, S, S) in [0, 1]
 
         # A piece of another image, or of itself
         picked = torch.randint(len(self.images), (n,), generator=self.host)
-        other = self.images[picked.to(self.device, non_blocking=True)]
-        other = to_input(other, self.device, self.scale)
+        other = self.images[picked.to(x.device, non_blocking=True)]
+        other = to_input(other, x.device, self.scale)
         piece = self.moved(torch.where(self.uniform(n) < 0.5, other, x), 0.5)
         piece = piece * (0.75 + 0.5 * self.uniform(n))
         piece = piece + 0.4 * self.uniform(n) - 0.2 + 0.3 * self.colour(x)
@@ -99,7 +95,7 @@ class Corruption:
         shade = shade + sign * (0.12 + self.uniform(n).square())
         # A flat colour with some texture
         cells = int(2 * (size / 2) ** float(torch.rand(1, generator=self.host)))
-        texture = self.gaussian(n, 1, cells, cells)
+        texture = torch.randn(n, 1, cells, cells, **self.draw)
         texture = F.interpolate(texture, size=(size, size), mode="bilinear")
         flat = 2 * self.uniform(n) - 1 + 0.3 * self.uniform(n) * texture
         flat = flat + self.colour(x)

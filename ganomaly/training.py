@@ -79,7 +79,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     stateful |= {"scaler": scaler, "batches": batches}
     corruption, n_corrupted = None, config.n_corrupted
     if n_corrupted:
-        corruption = Corruption(batches.images, config.seed ^ (1 << 30), scale, device)
+        corruption = Corruption(batches.images, config.seed ^ (1 << 30), scale)
         stateful["corruption"] = corruption
     sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0

@@ -8,7 +8,7 @@ from .conftest import CPU, images
 
 
 def corruption_of(pixels, seed=42) -> Corruption:
-    return Corruption(pixels, seed, None, CPU)
+    return Corruption(pixels, seed, None)
 
 
 @pytest.mark.parametrize("size", (32, 64, 128))

@@ -44,7 +44,7 @@ def literal(config: Config, pixels: torch.Tensor):
     n, order = config.n_corrupted, []
     if c:
         opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
-        corruption = Corruption(pixels, config.seed + 2**30, None, CPU)
+        corruption = Corruption(pixels, config.seed + 2**30, None)
     for step in range(1, config.steps + 1):
         while len(order) < config.batch_size:
             order += torch.randperm(len(pixels), generator=rng).tolist()
