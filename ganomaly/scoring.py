@@ -169,13 +169,13 @@ def whitened(gaps: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
     return ((centred @ precision) * centred).mean(1).float()
 
 
-def mean_z(raw: Raw, statistics: Statistics, names) -> Tensor:
-    """Mean of the named scores, each standardised on normal images: (N,) float32.
+def mean_z(values: dict[str, Tensor], statistics: Statistics, names) -> Tensor:
+    """Mean of the named scores, or of their maps, each standardised on normal images: float32.
 
     Scores that the networks do not give are left out.
     """
     parts = {name: statistics.parts[name] for name in names if name in statistics.parts}
-    return torch.stack([(raw.scores[n] - mean) / dev for n, (mean, dev) in parts.items()]).mean(0)
+    return sum((values[n] - mean) / dev for n, (mean, dev) in parts.items()) / len(parts)
 
 
 def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
@@ -184,13 +184,13 @@ def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
     The mean of gradient and comparator finds small defects, residual_wide finds large ones. One
     high value is enough. A low value of the other cannot lower the result.
     """
-    small = mean_z(raw, statistics, ("gradient", "comparator"))
-    return small.maximum(mean_z(raw, statistics, ("residual_wide",)))
+    small = mean_z(raw.scores, statistics, ("gradient", "comparator"))
+    return small.maximum(mean_z(raw.scores, statistics, ("residual_wide",)))
 
 
 FITTED_SCORES = {
     "latent_whitened": lambda raw, fitted: whitened(raw.gaps, fitted.mean, fitted.precision),
-    "calibrated": lambda raw, fitted: mean_z(raw, fitted, SMALL),
+    "calibrated": lambda raw, fitted: mean_z(raw.scores, fitted, SMALL),
     "small_or_large": small_or_large,
 }
 SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
@@ -208,9 +208,7 @@ def heat_map(m: Measured, statistics: Statistics) -> Tensor:
     0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
     same for all images, so their heat maps can be compared.
     """
-    parts = {name: statistics.parts[name] for name in SMALL if name in statistics.parts}
-    maps = [(m.maps[name] - mean) / dev for name, (mean, dev) in parts.items()]
-    return sum(maps) / len(maps)
+    return mean_z(m.maps, statistics, SMALL)
 
 
 def fit(raw: Raw) -> Statistics:
