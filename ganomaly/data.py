@@ -108,20 +108,19 @@ def is_category(folder: Path) -> bool:
 
 
 def categories_in(root: Path) -> list[str]:
-    """The sub-folders with a train/good. Where there are none: those with images."""
+    """The sub-folders with a train/good; else those with images, if the root has none itself."""
     names = [path.parent.parent.name for path in root.glob("*/train/good")]
-    others = (path for path in root.glob("[!.]*") if path.name not in THUMBNAILS)
-    return sorted(names or [path.name for path in others if is_category(path)])
+    if not names and not is_category(root):
+        others = (path for path in root.glob("[!.]*") if path.name not in THUMBNAILS)
+        names = [path.name for path in others if is_category(path)]
+    return sorted(names)
 
 
 def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
     """All categories of a data set; [None] where the root is a category itself."""
     if config.dataset in CLASSES:
         return list(CLASSES[config.dataset])
-    root = data_root_of(config.dataset, data_root)
-    if is_category(root) and not list(root.glob("*/train/good")):
-        return [None]
-    return categories_in(root) or [None]
+    return categories_in(data_root_of(config.dataset, data_root)) or [None]
 
 
 def missing_categories(
