@@ -65,13 +65,8 @@ class Corruption:
             .remainder(size)
             for _ in range(2)
         )
-        image, channel = (torch.arange(k, device=images.device) for k in images.shape[:2])
-        return images[
-            image[:, None, None, None],
-            channel[:, None, None],
-            rows[:, None, :, None],
-            columns[:, None, None, :],
-        ]
+        images = images.take_along_dim(rows[:, None, :, None], 2)
+        return images.take_along_dim(columns[:, None, None, :], 3)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, S, S) -> (corrupted x, mask (B, S, S) in {0, 1}).
