@@ -101,11 +101,6 @@ class Config:
             raise UserError(f"category: {self.category!r} is not a plain folder name")
 
     @property
-    def in_folders(self) -> bool:
-        """Whether the images are files in folders of MVTec AD's layout."""
-        return self.dataset in FOLDERS
-
-    @property
     def n_corrupted(self) -> int:
         """Corrupted images of a batch; always less than the batch."""
         return int(self.corrupted * self.batch_size)
@@ -196,7 +191,7 @@ def nearest(name: str, known) -> str:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """The fields that differ and change results, as 'name (theirs there, ours asked)'."""
     same = {"checkpoint_every"}  # changes no result
-    if ours.in_folders and theirs.in_folders:
+    if ours.dataset in FOLDERS and theirs.dataset in FOLDERS:
         same.add("dataset")  # the same images by another name
     return [
         f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ganomaly.config import Config
+from ganomaly.config import FOLDERS, Config
 from ganomaly.errors import UserError, flag, reason_of
 from ganomaly.files import locked
 from ganomaly.images import FULL_SCALES, Kind, kind_of, note_odd, read_images, to_pixels
@@ -83,7 +83,7 @@ def category_folder(config: Config, data_root: Path | None) -> Path | None:
         names = f"{', '.join(known)}, not {config.category}"
         message = f"category: {config.dataset} needs one of {names}"
         raise UserError(f"{message}; --dataset names another data set")
-    if not config.in_folders:
+    if config.dataset not in FOLDERS:
         return None
     root = data_root_of(config.dataset, data_root)
     folder = root / config.category if config.category else root

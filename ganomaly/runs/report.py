@@ -178,8 +178,7 @@ def explained_images(
     detector = load_detector(run / "model.pt", device)
     config = detector.config
     use_threads(config.threads)
-    if config.in_folders:
-        hashes = data.image_hashes(config, data_root)
+    if hashes := data.image_hashes(config, data_root):
         if metrics["provenance"].get("test_images") != hashes["test_images"]:
             raise UserError("its test images changed since; make evaluate scores them again")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
