@@ -73,11 +73,9 @@ def open_streams() -> None:
     A closed stream becomes /dev/null, so that no other file takes its number. Every file name can
     be printed.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # it takes the lowest free number
+        pass
+    os.close(number)
     sys.stdin = sys.stdin or open(0, closefd=False)
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # pytest has others

@@ -15,8 +15,6 @@ import torch
 
 from ganomaly.errors import UserError, out_of_memory
 
-LOCK = ".lock"  # a file of its own: network file systems lock no folders
-
 
 class Busy(UserError):
     """Another process holds the lock."""
@@ -26,11 +24,11 @@ class Busy(UserError):
 def locked(folder: Path, wait: bool = False):
     """Hold the folder's lock. The lock ends with the process, even a killed one.
 
-    Busy if another process has it, unless `wait`. The lock's file is not deleted, as other
-    processes may still wait for it.
+    Busy if another process has it, unless `wait`. The lock is on a file of its own, as network
+    file systems lock no folders. It is not deleted, as other processes may still wait for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
+    with open(folder / ".lock", "a") as file:
         lock(file, f"{folder}: another process is at work on this run", wait)
         yield
 
