@@ -237,15 +237,13 @@ def test_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 @functools.lru_cache(maxsize=1)  # a benchmark asks for the same images for every class
-def arrays(
-    dataset: str, data_root: Path | None, download: bool
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Images (h, w) or (h, w, 3) in uint8 and their class numbers, train and test pooled."""
+def arrays(dataset: str, data_root: Path | None, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, h, w) or (N, h, w, 3) in uint8 and their classes (N,), train and test pooled."""
     if dataset == "digits":
         from sklearn.datasets import load_digits  # late, as it is slow to import
 
         digits = load_digits()
-        return list(np.rint(digits.images * 255 / 16).astype(np.uint8)), digits.target
+        return np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target
     from torchvision import datasets  # late, as it is slow to import
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[dataset]
@@ -257,11 +255,10 @@ def arrays(
         # Not there, damaged or offline
         hint = "" if download else f"; {flag('--download')} fetches it"
         raise UserError(f"no complete {dataset} in {root}{hint}{reason_of(error)}") from None
-    images = [np.asarray(image) for part in parts for image in part.data]
-    return images, np.concatenate([np.asarray(part.targets) for part in parts])
+    return np.concatenate([p.data for p in parts]), np.concatenate([p.targets for p in parts])
 
 
-def load_one_class_out(config: Config, images: list[np.ndarray], classes: np.ndarray) -> Category:
+def load_one_class_out(config: Config, images: np.ndarray, classes: np.ndarray) -> Category:
     """The category's class is the anomaly, all tested. The seed splits the other classes 80/20."""
     names = CLASSES[config.dataset]
     anomaly = names.index(config.category)
