@@ -59,11 +59,11 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
         if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
             raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
         return None
-    high = colours_of(image)  # Pillow keeps one byte of each level
+    high = np.asarray(image)[..., :3].astype(np.int64)  # Pillow keeps one byte; no alpha channel
     try:
         with Image.open(image.filename, formats=FORMATS) as other:
             other.tile = [(*tile[:3], swapped(tile[3])) for tile in other.tile]
-            return 256 * high + colours_of(other)
+            return 256 * high + np.asarray(other)[..., :3]
     except Exception:  # grey with alpha, or a compressed TIFF
         if high.max() < 64:  # of a camera of 10 to 13 bits
             message = "only 8 of its 16 bits can be read, too few for this camera; save as PNG"
@@ -71,18 +71,11 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
         return 257 * high
 
 
-def colours_of(image: Image.Image) -> np.ndarray:
-    """The levels (h, w, 3) of a colour image, without those of an alpha channel."""
-    return np.asarray(image)[..., :3].astype(np.int64)
-
-
 def swapped(arguments: str | tuple) -> str | tuple:
     """The arguments of a Pillow decoder of 16-bit colour, with the bytes of a level swapped."""
     if isinstance(arguments, tuple):
         return (swapped(arguments[0]), *arguments[1:])
-    before, _, order = arguments.partition(";16")
-    native = "L" if sys.byteorder == "little" else "B"
-    return f"{before};16{'B' if order.replace('N', native) == 'L' else 'L'}"
+    return arguments[:-1] + ("L" if arguments[-1] == "B" else "B")  # N, the machine's own, is L
 
 
 def to_pixels(
