@@ -44,11 +44,6 @@ def reason_of(error: BaseException) -> str:
     return f" ({text[:300]})" if text else ""
 
 
-def lost_device(error: BaseException) -> bool:
-    """Whether the GPU is of no more use to this process."""
-    return type(error).__name__ == "AcceleratorError" and not out_of_memory(error)
-
-
 def quiet(failure: threading.ExceptHookArgs) -> None:
     """Print no OSError of TensorBoard's thread, such as a full disk: the main thread reports it."""
     if not isinstance(failure.exc_value, OSError):

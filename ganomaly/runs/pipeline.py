@@ -14,7 +14,7 @@ from ganomaly import data
 from ganomaly.config import Config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
-from ganomaly.errors import UserError, describe, flag, lost_device
+from ganomaly.errors import UserError, describe, flag, out_of_memory
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.networks import build
 from ganomaly.runs import evaluation, experiment, results
@@ -233,8 +233,8 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
                 except Busy:
                     busy.append(name)
                 except Exception as error:
-                    if lost_device(error):  # a launcher starts another process
-                        raise
+                    if isinstance(error, torch.AcceleratorError) and not out_of_memory(error):
+                        raise  # this process has lost its GPU; a launcher starts another one
                     failed[name] = describe(error)
                     if failed[name] is None:  # a bug of ours: show it whole
                         traceback.print_exc()
