@@ -123,9 +123,14 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
     while True:
         kind = int(torch.randint(3, (), generator=rng))
         cy, cx, turn = uniform(0, size), uniform(0, size), uniform(0, math.pi)
-        if kind == 0:  # blobs: the highest parts of smooth noise inside a disc
-            rows, columns = (2 ** uniform(1.6, 4.3) for _ in range(2))
-            noise = smooth_noise(size, rows, columns, turn, rng)
+        if kind == 0:  # blobs: the highest parts of smooth noise, turned, inside a disc
+            cells = [int(2 ** uniform(1.6, 4.3)) for _ in range(2)]
+            noise = torch.randn(1, 1, *cells, generator=rng)
+            noise = F.interpolate(noise, (2 * size, 2 * size), mode="bicubic", align_corners=True)
+            cos, sin = 0.7 * math.cos(turn), 0.7 * math.sin(turn)
+            turned = torch.tensor([[[cos, -sin, 0], [sin, cos, 0]]])
+            grid = F.affine_grid(turned, [1, 1, size, size], align_corners=False)
+            noise = F.grid_sample(noise, grid, align_corners=False)[0, 0]
             inside = torch.hypot(y - cy, x - cx) < size * uniform(0.05, 0.4)
             if inside.sum() < 4:
                 continue
@@ -149,14 +154,3 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
             mask = (size / 64 * 2 ** uniform(-1.2, 1.3) + 0.5 - distance).clamp(0, 1)
         if (mask > 0.3).sum() >= 2:
             return mask
-
-
-def smooth_noise(size: int, rows: float, columns: float, turn: float, rng) -> Tensor:
-    """Smooth noise (S, S), turned, with about that many cells along its sides."""
-    cells = torch.randn(1, 1, int(rows), int(columns), generator=rng)
-    noise = F.interpolate(cells, (2 * size, 2 * size), mode="bicubic", align_corners=True)
-    cos, sin = 0.7 * math.cos(turn), 0.7 * math.sin(turn)
-    grid = F.affine_grid(
-        torch.tensor([[[cos, -sin, 0], [sin, cos, 0]]]), [1, 1, size, size], align_corners=False
-    )
-    return F.grid_sample(noise, grid, align_corners=False)[0, 0]
