@@ -153,14 +153,20 @@ def test_a_panel_has_a_row_of_images_one_of_reconstructions_and_one_of_differenc
 def test_charts_show_what_the_numbers_say():
     labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
     chart = charts.histogram(labels, scores, 0.5, "a<b")
-    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)".*?height="([\d.]+)"', chart)
-    full = f"{charts.H - 4:.1f}"
-    third = f"{(charts.H - 4) / 3:.1f}"
-    last = f"{charts.W * (1 - 1 / charts.BINS):.1f}"
-    assert bars == [("good", "0.0", full), ("bad", "0.0", third), ("bad", last, full)]
-    assert f'class="cut" d="M{charts.W / 2:.1f} 0' in chart
+    paths = {
+        kind: [tuple(map(float, at.split(","))) for at in path.split()]
+        for kind, path in re.findall(r'<path class=(\w+) d="M(.*?)"', chart)
+    }
+    bar, right = charts.W / charts.BINS, charts.W
+    top, third, base = 0, pytest.approx(charts.H * 2 / 3, abs=0.1), charts.H
+    assert paths["good"][:4] == [(0, top), (bar, top), (bar, base), (2 * bar, base)]
+    assert paths["bad"][:3] == [(0, third), (bar, third), (bar, base)]
+    assert paths["bad"][-3:] == [(right - bar, base), (right - bar, top), (right, top)]
+    assert paths["cut"] == [(right / 2, base), (right / 2, top)]
     assert ">a&lt;b</text>" in chart
-    (line,) = re.findall(r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "", (), 0.25))
+    (line,) = re.findall(
+        r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "", "xy", 0, 0.25)
+    )
     assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
 
 

@@ -1,4 +1,4 @@
-"""Charts in SVG: lines and histograms; the picture of AUROC by training step.
+"""Charts of lines in SVG; the picture of AUROC by training step.
 
 Looking at a test set during training is allowed, choosing by it is not. The picture shows how much
 the figure of a "best epoch" owes to chance.
@@ -40,44 +40,41 @@ def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> st
     )
 
 
-def axes(title: str, names: tuple, x_range: tuple, y_range: tuple = ()) -> str:
-    """The frame of a chart; the names of its axes, the values at their ends."""
-    places = f'x="{W // 2}" y="{H + 15}"', f'x="{-H // 2}" y="-10" transform="rotate(-90)"'
-    named = [f'<text {at} text-anchor="middle">{name}</text>' for at, name in zip(places, names)]
-    ends = zip((0, W), ("start", "end"), x_range)
-    x = [f'<text x="{x}" y="{H + 15}" text-anchor="{end}">{v:.4g}</text>' for x, end, v in ends]
-    y = [f'<text x="-6" y="{y}" text-anchor="end">{v:.2f}</text>' for y, v in zip((H, 12), y_range)]
-    frame = f'<rect width="{W}" height="{H}" class="axis"/>'
-    return f'{frame}<text x="4" y="-6">{escape(title)}</text>{"".join(x + y + named)}'
-
-
-def line_chart(lines: list[tuple], title: str, names: tuple[str, str], low: float = 0.0) -> str:
-    """lines: (x values, y values, attributes of the path); x from 0, y from low to 1."""
-    last = max((float(max(x)) for x, *_ in lines), default=1) or 1
-    out = [axes(title, names, (0, last), (low, 1))]
+def line_chart(
+    lines: list[tuple], title: str, names: tuple[str, str], left: float = 0.0, low: float = 0.0
+) -> str:
+    """lines: (x values, y values, attributes of the path); x from left, y from low to 1."""
+    right = max(float(max(x)) for x, *_ in lines)
+    texts = (
+        ('x="4" y="-6"', escape(title)),
+        (f'x="0" y="{H + 15}" text-anchor="start"', f"{left:.4g}"),
+        (f'x="{W}" y="{H + 15}" text-anchor="end"', f"{right:.4g}"),
+        (f'x="-6" y="{H}" text-anchor="end"', f"{low:.2f}"),
+        ('x="-6" y="12" text-anchor="end"', "1.00"),
+        (f'x="{W // 2}" y="{H + 15}" text-anchor="middle"', names[0]),
+        (f'x="{-H // 2}" y="-10" transform="rotate(-90)" text-anchor="middle"', names[1]),
+    )
+    out = [f'<rect width="{W}" height="{H}" class="axis"/>']
+    out += [f"<text {at}>{text}</text>" for at, text in texts]
     for x_values, y_values, attributes in lines:
-        points = zip(x_values, y_values)
-        at = (f"{x / last * W:.1f},{H - (y - low) / (1 - low) * H:.1f}" for x, y in points)
+        at = [
+            f"{(x - left) / (right - left) * W:.1f},{H - (y - low) / (1 - low) * H:.1f}"
+            for x, y in zip(x_values, y_values)
+        ]
         out.append(f'<path {attributes} d="M{" ".join(at)}"/>')
     return "".join(out)
 
 
 def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: str) -> str:
-    """Shares of good and defective images by score; the last bar has what lies far out."""
+    """Good and defective images by score, as outlines; the last bar has what lies far out."""
     low = float(min(scores.min(), threshold))
     high = max(float(np.quantile(scores, 0.98)), threshold)
-    span = (high - low) or 1.0
-    out = [axes(title, ("score",), (low, high))]
+    lines = [([threshold, threshold], [0, 1], "class=cut")]
     for label, kind in ((0, "good"), (1, "bad")):
-        counts, _ = np.histogram(scores[labels == label].clip(low, high), BINS, (low, low + span))
-        for i in np.flatnonzero(counts):
-            h = counts[i] / counts.max() * (H - 4)
-            out.append(
-                f'<rect class="{kind}" x="{i * W / BINS:.1f}" y="{H - h:.1f}" '
-                f'width="{W / BINS:.1f}" height="{h:.1f}"/>'
-            )
-    cut = (threshold - low) / span * W
-    return "".join([*out, f'<path class="cut" d="M{cut:.1f} 0V{H}"/>'])
+        bars, edges = np.histogram(scores[labels == label].clip(low, high), BINS, (low, high))
+        heights = (bars / bars.max()).repeat(2)
+        lines.append((edges.repeat(2)[1:-1], heights, f"class={kind}"))
+    return line_chart(lines, title, ("score", "share of the highest bar"), left=edges[0])
 
 
 Curve = dict[str, dict[int, float]]  # score -> {step: AUROC}
@@ -117,5 +114,5 @@ def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
             if steps:
                 lines.append((steps, means, f'stroke="{colour}" class="mean"'))
         low = min([0.5, *(int(value * 10) / 10 for value in values)])
-        charts.append(line_chart(lines, category, ("step", "AUROC"), low))
+        charts.append(line_chart(lines, category, ("step", "AUROC"), low=low))
     return svg(charts, COLUMNS, head, top=40 + 18 * -(-len(names) // per_row))

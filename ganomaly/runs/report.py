@@ -39,7 +39,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 figcaption{font-size:13px;overflow-wrap:anywhere}svg{max-width:100%;height:auto}
 text{font:11px system-ui,sans-serif;fill:CanvasText}path,.axis{fill:none;stroke-width:1.5}
 .axis{stroke:#8888}.cut{stroke:CanvasText;stroke-dasharray:4 3}
-rect.good{fill:#2b6cb0aa}rect.bad{fill:#c2410caa}path.good{stroke:#2b6cb0}
+path.good{stroke:#2b6cb0}path.bad{stroke:#c2410c}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
 .pictures img{width:100%}
 """
