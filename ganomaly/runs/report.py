@@ -6,7 +6,6 @@ images on which the run errs most. The page says what was not at hand.
 """
 
 import base64
-import contextlib
 import csv
 from html import escape
 from pathlib import Path
@@ -45,8 +44,7 @@ path.good{stroke:#2b6cb0}path.bad{stroke:#c2410c}
 """
 HEAD = (
     "<!doctype html><html lang=en><meta charset=utf-8>"
-    '<meta name=viewport content="width=device-width,initial-scale=1">'
-    f"<title>{{title}}</title><style>{STYLE.replace('{', '{{').replace('}', '}}')}</style>"
+    f'<meta name=viewport content="width=device-width,initial-scale=1"><style>{STYLE}</style>'
 )
 HEAT = (
     "Each picture shows the image, its reconstruction, and the image under a heat map. No colour "
@@ -56,14 +54,13 @@ HEAT = (
 
 
 def report_page(folder: Path, data_root: Path | None, device: torch.device) -> str:
-    """The page of an experiment: tables, curves, a section a category, what is missing."""
-    missing: list[str] = []  # sentences on what could not be shown
+    """The page of an experiment: tables, curves, a section a category."""
     results = read_results(folder)
     runs = [m for m in results.runs if m["auroc"] is not None]
     page = page_of(folder, results)
     if (table := verdicts_table(runs)).rows:
         page += ["Test images called defective, at the threshold:", table]
-    out = [HEAD.format(title=escape(folder.name)), *blocks(page)]
+    out = [HEAD, *blocks(page)]
     if results.curves:
         picture = charts.curves_svg(folder.name, results.curves).encode()
         out.append(
@@ -72,17 +69,17 @@ def report_page(folder: Path, data_root: Path | None, device: torch.device) -> s
         )
     for category in dict.fromkeys(m["category"] for m in runs):
         seeds = [m for m in runs if m["category"] == category]
+        out.append(f"<h2>{escape(category)}</h2>")
         try:
-            out += section(folder, seeds, missing, data_root, device)
+            out += section(folder, seeds, data_root, device)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            missing.append(f"Charts of {category}: {error}; make evaluate writes scores.csv.")
-    if missing:
-        out.append(f"<h2>Not shown</h2><p>{'<p>'.join(map(escape, missing))}")
+            out.append(f"<p>No charts: {escape(str(error))}; make evaluate writes scores.csv.")
     return "\n".join(out) + "\n"
 
 
 def blocks(page: Page) -> list[str]:
-    out = [f"<h1>{escape(page[0])}</h1>"]
+    heading = escape(page[0])
+    out = [f"<title>{heading}</title><h1>{heading}</h1>"]
     for block in page[1:]:
         if isinstance(block, Table):
             head = "".join(f"<th>{escape(cell)}" for cell in block.header)
@@ -95,11 +92,11 @@ def blocks(page: Page) -> list[str]:
 
 
 def section(
-    folder: Path, seeds: list[dict], missing: list, data_root: Path | None, device: torch.device
+    folder: Path, seeds: list[dict], data_root: Path | None, device: torch.device
 ) -> list[str]:
     """A category: histogram and worst images of its first seed, ROC curves of all seeds."""
-    m, category = seeds[0], seeds[0]["category"]
-    runs = [run_folder(folder, category, one["seed"]) for one in seeds]
+    m = seeds[0]
+    runs = [run_folder(folder, m["category"], one["seed"]) for one in seeds]
     tables = [read_scores(run, one["score"]) for run, one in zip(runs, seeds)]
     labels, scores, names = tables[0]
     mean = np.mean([one["auroc"] for one in seeds])
@@ -111,7 +108,7 @@ def section(
     roc = charts.line_chart(lines, title + "s" * (len(seeds) > 1), rates)
     text = "Test images by score, good (blue) and defective (red); the threshold dashed"
     out = [
-        f"<h2>{escape(category)}</h2><div class=charts>",
+        "<div class=charts>",
         figure(charts.svg([bars]), text),
         figure(charts.svg([roc]), f"True positive rate by false positive rate; AUROC {mean:.3f}"),
         "</div>",
@@ -122,8 +119,7 @@ def section(
     try:
         shown = explained_images(runs[0], m, [names[i] for i in good + bad], data_root, device)
     except UserError as error:
-        missing.append(f"The images on which {category} errs: {error}.")
-        return out
+        return [*out, f"<p>No pictures of the worst errors: {escape(str(error))}."]
     title = "The good images with the highest scores, the defective ones with the lowest"
     out.append(f"<h3>{title}</h3><p>{HEAT}<div class=pictures>")
     for i, picture in zip(good + bad, shown):
@@ -143,12 +139,10 @@ def image(content: bytes, kind: str, alt: str) -> str:
 
 def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:
     """A page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
-    out = [HEAD.format(title="Verdicts"), f"<h1>Verdicts</h1><p>{escape(text)}"]
+    out = [HEAD, *blocks(["Verdicts", text])]
     out.append(f"<p>The most anomalous of them, up to {pictures.WORST}. {HEAT}<div class=pictures>")
-    for path, score, threshold, verdict, p_value in rows:
-        picture = ""
-        with contextlib.suppress(UserError):  # the file is gone since
-            (picture,) = explained_files(detector, [path])
+    shown = explained_files(detector, [path for path, *_ in rows]) if rows else []
+    for picture, (path, score, threshold, verdict, p_value) in zip(shown, rows):
         caption = f"{path}: {verdict}, score {float(score):.4g} (threshold {float(threshold):.4g}),"
         out.append(figure(picture, f"{caption} p-value {p_value}"))
     return "\n".join([*out, "</div>"]) + "\n"
