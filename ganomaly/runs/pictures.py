@@ -2,7 +2,6 @@
 
 import io
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -19,13 +18,16 @@ def explained(
 ) -> Image.Image:
     """Three squares side by side: the image, its reconstruction, the heat map over the grey image.
 
-    image, x_hat: uint8 (C, H, W) of any sizes; heat: float32 (S, S), see Detector.heat_maps. The
+    image, x_hat: uint8 (C, S, S) of any sizes; heat: float32 (S, S), see Detector.heat_maps. The
     scale of the heat is fixed. Only where a defective image has no heat, its hottest pixels get
     some: the verdict is by the score, which may see what the map does not.
     """
     if defective:
         heat = heat + max(0.0, LEAST - float(heat.max()))
-    squares = [square(image), square(x_hat)]
+    squares = [
+        F.interpolate(pixels[None].float(), (SIDE, SIDE), mode="area")[0].expand(3, -1, -1)
+        for pixels in (image, x_hat)
+    ]
     strength = F.interpolate(heat[None, None], (SIDE, SIDE), mode="bilinear")[0]
     strength = (strength / FULL).clamp(0, 1)  # (1, SIDE, SIDE)
     # From yellow to red
@@ -33,16 +35,10 @@ def explained(
     cover = 0.85 * strength.sqrt()
     squares.append(squares[0].mean(0, keepdim=True) * (1 - cover) + colour * cover)
     pixels = torch.cat([s.round() for s in squares], 2).to(torch.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     draw, place = ImageDraw.Draw(picture), (2 * SIDE + 6, SIDE - 16)
     draw.text(place, caption, "white", stroke_width=2, stroke_fill="black")
     return picture
-
-
-def square(pixels: Tensor) -> Tensor:
-    """uint8 (C, H, W) -> float32 (3, SIDE, SIDE)."""
-    mode = "nearest" if pixels.shape[1] < SIDE else "area"
-    return F.interpolate(pixels[None].float(), (SIDE, SIDE), mode=mode)[0].expand(3, -1, -1)
 
 
 def encoded(image: Image.Image, kind: str = "png") -> bytes:
