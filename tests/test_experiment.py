@@ -18,7 +18,7 @@ from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs import experiment, results
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
-from ganomaly.runs.results import FIGURES, Reference, markdown, results_csv, results_page, summary
+from ganomaly.runs.results import FIGURES, markdown, results_csv, results_page, summary
 from ganomaly.runs.run import read_metrics
 
 from .conftest import read_csv
@@ -94,30 +94,34 @@ def test_a_mean_is_of_a_seed_and_named_by_how_many_it_is_of():
 
 def test_the_committed_table_stands_beside_by_category_and_seed_and_no_name_breaks_a_table():
     figures = {("bottle", 1): 0.7, ("bottle", 2): 0.8, ("bottle", 3): 0.9, ("cable", 1): 0.4}
-    reference = Reference("paper", figures, [])
-    runs = [run_metrics(c, seed) for seed in (1, 2) for c in ("bottle", "cable", "a|b")]
-    text = markdown_of("x", runs, reference=reference)
+    which = [(c, seed) for seed in (1, 2) for c in ("bottle", "cable", "a|b")]
+    runs = [run_metrics(*one, auroc_reference=figures.get(one)) for one in which]
+    text = markdown_of("x", runs, reference="what it is")
     assert column_of(text, "reference")[:4] == ["0.750 ± 0.071", "0.400", "", ""]
     assert "| a\\|b |" in text and "seeds 1, 2;" in text
-    assert "in experiments/paper.\n" in text
-    other = reference._replace(differences=["lr (1 there, 2 asked)"])
-    message = "in experiments/paper, made with another config: lr (1 there, 2 asked).\n"
-    assert message in markdown_of("x", runs, reference=other)
-    assert "reference" not in markdown_of("x", [run_metrics("pill")], reference=reference)
+    assert "\nwhat it is\n" in text
+    assert "it is" not in markdown_of("x", [run_metrics("pill")], reference="what it is")
 
 
 def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     ours = load(ROOT / "experiments/paper/config.json")
     row = read_csv(ROOT / "experiments/paper/results.csv")[0]
+    run = run_metrics(row["category"], int(row["seed"]))
+
+    def page(folder, recipe=None) -> str:
+        return markdown(experiment.page_of(folder, experiment.Results([{**run}], True, {}), recipe))
+
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name
-        experiment.write_recipe(folder, ours.replace(category="bottle", steps=7), force=False)
-        found = experiment.reference_of(folder, recipe)
-        assert found.name == "paper" and found.differences == ["steps (3000 there, 7 asked)"]
-        figure = found.auroc[row["category"], int(row["seed"])]
-        assert figure == pytest.approx(float(row["auroc"]), abs=1e-6)
+        for changes, other in (
+            ({"steps": 7}, ", made with another config: steps (3000 there, 7 asked)"), ({}, ""),
+        ):  # fmt: skip
+            experiment.write_recipe(folder, ours.replace(category="bottle", **changes), force=True)
+            text = page(folder, recipe)
+            assert f"same category and seed in experiments/paper{other}.\n" in text
+            assert column_of(text, "reference") == [f"{float(row['auroc']):.3f}"]
     for folder in (tmp_path / "mine", ROOT / "experiments/paper", tmp_path / "no-such/paper"):
-        assert experiment.reference_of(folder) is None
+        assert "reference" not in page(folder)
 
 
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():

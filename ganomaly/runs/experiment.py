@@ -10,7 +10,7 @@ from ganomaly.config import EXPERIMENTS, Config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.charts import Curve, curves_svg, read_curve
-from ganomaly.runs.results import ORACLE, Page, Reference, markdown, results_csv, results_page
+from ganomaly.runs.results import ORACLE, REFERENCE, Page, markdown, results_csv, results_page
 from ganomaly.runs.run import ANEW, read_metrics, run_folder
 
 SCRATCH = "local"  # the experiment of make train holds runs of any config
@@ -90,7 +90,7 @@ def runs_of(experiment: Path) -> Iterator[tuple[Path, dict, Config]]:
 def write_results(experiment: Path, recipe: str | None = None) -> None:
     """Rebuild results.csv, results.md and curves.svg from the files of the runs.
 
-    recipe: whose committed table stands beside the figures; see reference_of.
+    recipe: whose committed figures stand beside; see page_of.
     """
     with locked(experiment, wait=True):  # the last of several processes writes what all have done
         for path in experiment.glob(".*.tmp"):  # of a process that was killed
@@ -104,20 +104,18 @@ def write_results(experiment: Path, recipe: str | None = None) -> None:
 
 
 def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Page:
-    """The results for people, the reference beside them where there is one."""
-    reference = reference_of(experiment, recipe)
-    return results_page(experiment.name, results.runs, results.one_recipe, reference)
+    """The results for people, beside them the committed AUROC of a recipe, if there is any.
 
-
-def reference_of(experiment: Path, recipe: str | None = None) -> Reference | None:
-    """The committed table of a recipe. Without one, the recipe has the folder's name.
-
-    None where there is none, and for the committed experiment itself.
+    Without a recipe it is the one with the folder's name. Nothing stands beside the committed
+    experiment itself.
     """
-    folder = EXPERIMENTS / (recipe or experiment.name)
+    folder, text = EXPERIMENTS / (recipe or experiment.name), ""
     recipes = [f / "config.json" for f in (experiment, folder)]
-    if folder.resolve() == experiment.resolve() or not all(path.is_file() for path in recipes):
-        return None
-    figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in runs_of(folder)}
-    differences = configuration.differences(*map(configuration.load, recipes))
-    return Reference(folder.name, figures, differences)
+    if folder.resolve() != experiment.resolve() and all(path.is_file() for path in recipes):
+        figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in runs_of(folder)}
+        for run in results.runs:
+            run[REFERENCE] = figures.get((run["category"], run["seed"]))
+        other = ", ".join(configuration.differences(*map(configuration.load, recipes)))
+        text = f"reference: the AUROC of the same category and seed in experiments/{folder.name}"
+        text += f", made with another config: {other}." if other else "."
+    return results_page(experiment.name, results.runs, results.one_recipe, text)

@@ -50,14 +50,6 @@ COLUMNS = {
 }
 
 
-class Reference(NamedTuple):
-    """A committed table, to compare with."""
-
-    name: str  # of its experiment
-    auroc: dict[tuple[str, int], float]  # by category and seed
-    differences: list[str]  # of its config
-
-
 class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
@@ -147,17 +139,13 @@ def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
     return csv_text(columns, [[row.get(column) for column in columns] for row in rows + means])
 
 
-def results_page(
-    name: str, runs: list[dict], one_recipe: bool = True, reference: Reference | None = None
-) -> Page:
+def results_page(name: str, runs: list[dict], one_recipe: bool = True, reference: str = "") -> Page:
     """The results for people: mean ± standard deviation over seeds, published figures beside.
 
     one_recipe: the runs are of one recipe. Else each has a row, and there are no means.
-    reference: its AUROC of the same category and seed stands beside ours.
+    reference: what REFERENCE is, if runs have it.
     """
     rows = [flat(run) for run in runs]
-    for row in rows if reference else []:
-        row[REFERENCE] = reference.auroc.get((row["category"], row["seed"]))
     page: Page = [name]
     if untested := ", ".join(row["category"] for row in rows if row["auroc"] is None):
         page.append(f"Trained and calibrated, nothing to evaluate: {untested}.")
@@ -177,12 +165,8 @@ def results_page(
         f"seen on up to {LOOK_IMAGES:,} images of a kind, without test-time augmentation."
     )
     columns = {t: k for t, k in COLUMNS.items() if any(row.get(k) is not None for row in shown)}
-    if reference is not None and "reference" in columns:
-        other = ", ".join(reference.differences)
-        page.append(
-            f"reference: the AUROC of the same category and seed in experiments/{reference.name}"
-            + (f", made with another config: {other}." if other else ".")
-        )
+    if "reference" in columns:
+        page.append(reference)
     names = {row["category"] for row in shown}
     published = PUBLISHED.get(evaluated[0]["dataset"], {}) if one_recipe else {}
     published = {title: figures for title, figures in published.items() if names & figures.keys()}
