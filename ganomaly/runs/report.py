@@ -22,7 +22,7 @@ from ganomaly.errors import UserError
 from ganomaly.images import read_images
 from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
-from ganomaly.runs.results import Page, Table, verdicts_table
+from ganomaly.runs.results import Page, Table, verdicts_of
 from ganomaly.runs.run import run_folder
 
 ERRORS = 6  # images of each kind
@@ -57,10 +57,7 @@ def report_page(folder: Path, data_root: Path | None, device: torch.device) -> s
     """The page of an experiment: tables, curves, a section a category."""
     results = read_results(folder)
     runs = [m for m in results.runs if m["auroc"] is not None]
-    page = page_of(folder, results)
-    if (table := verdicts_table(runs)).rows:
-        page += ["Test images called defective, at the threshold:", table]
-    out = [HEAD, *blocks(page)]
+    out = [HEAD, *blocks(page_of(folder, results))]
     if results.curves:
         picture = charts.curves_svg(folder.name, results.curves).encode()
         out.append(
@@ -69,7 +66,12 @@ def report_page(folder: Path, data_root: Path | None, device: torch.device) -> s
         )
     for category in dict.fromkeys(m["category"] for m in runs):
         seeds = [m for m in runs if m["category"] == category]
+        called = {f"seed {m['seed']}": verdicts_of(m) for m in seeds}
+        kinds = dict.fromkeys(kind for row in called.values() for kind in row)
+        rows = [[seed, *(row.get(kind, "") for kind in kinds)] for seed, row in called.items()]
         out.append(f"<h2>{escape(category)}</h2>")
+        if kinds:  # none of runs that are older than the counts
+            out.append(html_table(["called defective", *kinds], rows))
         try:
             out += section(folder, seeds, data_root, device)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -79,16 +81,14 @@ def report_page(folder: Path, data_root: Path | None, device: torch.device) -> s
 
 def blocks(page: Page) -> list[str]:
     heading = escape(page[0])
-    out = [f"<title>{heading}</title><h1>{heading}</h1>"]
-    for block in page[1:]:
-        if isinstance(block, Table):
-            head = "".join(f"<th>{escape(cell)}" for cell in block.header)
-            rows = ["".join(f"<td>{escape(cell)}" for cell in row) for row in block.rows]
-            body = "".join(f"<tr>{row}" for row in (head, *rows))
-            out.append(f"<div class=wide><table>{body}</table></div>")
-        else:
-            out.append(f"<p>{escape(block)}")
-    return out
+    texts = [html_table(*b) if isinstance(b, Table) else f"<p>{escape(b)}" for b in page[1:]]
+    return [f"<title>{heading}</title><h1>{heading}</h1>", *texts]
+
+
+def html_table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}" for cell in header)
+    lines = ["".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    return f"<div class=wide><table>{''.join(f'<tr>{row}' for row in (head, *lines))}</table></div>"
 
 
 def section(
@@ -104,8 +104,8 @@ def section(
     lines += [(*roc_curve(*each[:2])[:2], "class=good") for each in tables]
     title = f"score {m['score']}, seed {m['seed']}"
     bars = charts.histogram(labels, scores, m["threshold"], title)
-    title, rates = f"ROC, {len(seeds)} seed", ("false positive rate", "true positive rate")
-    roc = charts.line_chart(lines, title + "s" * (len(seeds) > 1), rates)
+    title = f"ROC, seeds {', '.join(str(one['seed']) for one in seeds)}"
+    roc = charts.line_chart(lines, title, ("false positive rate", "true positive rate"))
     text = "Test images by score, good (blue) and defective (red); the threshold dashed"
     out = [
         "<div class=charts>",

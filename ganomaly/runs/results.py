@@ -199,16 +199,6 @@ def verdicts_of(m: dict) -> dict[str, str]:
     }
 
 
-def verdicts_table(runs: list[dict]) -> Table:
-    """verdicts_of as a table: a row a category and kind of image, a column a seed."""
-    seeds, cells = sorted({m["seed"] for m in runs}), {}
-    for m in runs:
-        for kind, text in verdicts_of(m).items():
-            cells.setdefault((m["category"], kind), {})[m["seed"]] = text
-    rows = [[*names, *(row.get(seed, "") for seed in seeds)] for names, row in cells.items()]
-    return Table(["category", "test images", *(f"seed {seed}" for seed in seeds)], rows)
-
-
 def promise(n: int, quantile: float) -> str:
     """The false alarms to expect with n held-out images, beside those asked for if they differ."""
     share, asked = 100 * share_above(n, quantile), 100 * (1 - quantile)
