@@ -41,13 +41,10 @@ def main(argv=None) -> int:
     note_odd(paths, facts, detector.kind)
     distinct = {mark: i for i, mark in enumerate(fingerprints(images))}
     new = sorted(distinct[mark] for mark in distinct.keys() - set(detector.trained_on))
-    left_out = {
-        "copies of others": len(paths) - len(distinct),
-        "images that the model was trained on": len(distinct) - len(new),
-    }
-    for what, n in left_out.items():
-        if n:
-            print(f"note: {n} {what} are left out", file=sys.stderr)
+    if copies := len(paths) - len(distinct):
+        print(f"note: {copies} copies of others are left out", file=sys.stderr)
+    if trained := len(distinct) - len(new):
+        print(f"note: {trained} images that the model was trained on are left out", file=sys.stderr)
     images, n = images[new], len(new)
     if n < MIN_CALIBRATION:
         raise UserError(f"--images: {n} images; {MIN_CALIBRATION} are needed, 99 are good")

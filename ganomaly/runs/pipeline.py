@@ -235,10 +235,7 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
                 except Exception as error:
                     if isinstance(error, torch.AcceleratorError) and not out_of_memory(error):
                         raise  # this process has lost its GPU; a launcher starts another one
-                    failed[name] = describe(error)
-                    if failed[name] is None:  # a bug of ours: show it whole
-                        traceback.print_exc()
-                        failed[name] = f"{type(error).__name__}: {error}"
+                    failed[name] = describe(error) or traceback.format_exc()  # a bug of ours, whole
             if len(busy) == len(waiting):
                 bar.set_description(f"waiting for other processes' runs, {len(waiting)}")
                 time.sleep(PAUSE)

@@ -117,17 +117,15 @@ class Recorder:
 
     def load(self) -> dict | None:
         """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
-        path, state = self.run.path("last.pt"), None
+        path, state, step = self.run.path("last.pt"), None, 0
         if path.is_file():
             try:
                 state = read_torch(path)
             except ValueError:
                 raise UserError(f"{path}: damaged; remove it, and training starts anew") from None
-        if state and (changed := changed_code(state.get("code"))):
-            raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
-        step = state["step"] if state else 0
-        if step:
-            self.curve = state["curve"]
+            if changed := changed_code(state.get("code")):
+                raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
+            self.curve, step = state["curve"], state["step"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
             skip(self.progress, step)
         log = self.run.path("log.jsonl")
