@@ -53,8 +53,11 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
 
 
-def add_place_flags(parser: argparse.ArgumentParser) -> None:
+def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") -> None:
     """Where images, experiments and the device are: no part of a config."""
+    parser.add_argument(
+        "--experiment", default=experiment, metavar="NAME", help=f"folder [{experiment}]"
+    )
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]"
     )
@@ -66,14 +69,16 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """How to train: no part of a config either."""
+def add_train_flags(parser: Parser, experiment: str = "local") -> None:
+    """What to train, how, and where."""
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
         "--deterministic", action="store_true",
         help="on CUDA only algorithms that give the same bytes in every run",
     )  # fmt: skip
+    add_place_flags(parser, experiment)
+    parser.add_config_flags()
 
 
 def add_list_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +111,15 @@ def add_image_flag(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def experiment_folder(args: argparse.Namespace, name: str) -> Path:
-    """The folder of an experiment: a plain name, or one in another, as local/paper is.
+def experiment_folder(args: argparse.Namespace) -> Path:
+    """The folder of --experiment: a plain name, or one in another, as local/paper is.
 
-    experiments/local/paper, as a shell completes it, is the same folder.
+    experiments/local/paper, as a shell completes it, is the same folder. <recipe>, in a default,
+    stands for the recipe's name.
     """
-    name = name.rstrip("/").removeprefix(f"{args.experiments_dir.name}/")
+    name = args.experiment.rstrip("/").removeprefix(f"{args.experiments_dir.name}/")
+    if "<recipe>" in name:
+        name = name.replace("<recipe>", recipe_name(args))
     if not all(is_name(part) for part in name.split("/")):
         raise UserError(f"--experiment {name!r} is not a plain folder name")
     return args.experiments_dir / name

@@ -40,18 +40,14 @@ Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat me
 def main(argv=None) -> int:
     parser, names = cli.Parser(__doc__), [name for name, _ in ABLATIONS]
     parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
-    parser.add_argument("--experiment", metavar="NAME", help="[local/ablations-<recipe>]")
     parser.add_argument(
         "--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]"
     )
     cli.add_list_flags(parser)
-    cli.add_run_flags(parser)
-    cli.add_place_flags(parser)
-    parser.add_config_flags()
+    cli.add_train_flags(parser, "local/ablations-<recipe>")
     args = parser.parse_args(argv)
-    experiment = args.experiment or f"local/ablations-{cli.recipe_name(args)}"
     recipe = resolve({**cli.given_values(args), "category": None})
-    folder = cli.experiment_folder(args, experiment)
+    folder = cli.experiment_folder(args)
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds runs of one recipe; choose another --experiment")
 

@@ -23,17 +23,14 @@ from ganomaly.runs.results import markdown
 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--recipe", default="paper", metavar="NAME", help="experiment [paper]")
-    parser.add_argument("--experiment", metavar="NAME", help="to write to [local/<recipe>]")
+    parser.add_argument("--recipe", default="paper", metavar="NAME", help="of experiments/ [paper]")
     parser.add_argument("--skip-missing", action="store_true", help="do those whose data is there")
     cli.add_list_flags(parser)
-    cli.add_run_flags(parser)
-    cli.add_place_flags(parser)
-    parser.add_config_flags()
+    cli.add_train_flags(parser, "local/<recipe>")
     args = parser.parse_args(argv)
     recipe = cli.recipe_name(args)
     base = resolve({**cli.given_values(args), "category": None})
-    folder = cli.experiment_folder(args, args.experiment or f"local/{recipe}")
+    folder = cli.experiment_folder(args)
     cli.note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
         raise UserError("--force: several workers would train each other's runs anew; use one")

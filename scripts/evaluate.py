@@ -23,13 +23,12 @@ from ganomaly.runs.run import Run
 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
     cli.add_place_flags(parser)
     parser.add_config_flags()
     args = parser.parse_args(argv)
     given = cli.given_values(args)
     asked = configuration.resolve(given)
-    folder = cli.experiment_folder(args, args.experiment)
+    folder = cli.experiment_folder(args)
 
     run = Run(folder, data.category_name(asked, args.data_root), asked)
     if not run.finished:

@@ -18,11 +18,10 @@ from ganomaly.runs.report import report_page
 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
     parser.add_argument("--output", type=Path, metavar="FILE", help="[report.html in the folder]")
     cli.add_place_flags(parser)
     args = parser.parse_args(argv)
-    folder = cli.experiment_folder(args, args.experiment)
+    folder = cli.experiment_folder(args)
     if not list(folder.glob("*/seed*/metrics.json")):
         raise UserError(f"{folder}: no finished run there to report on")
     output = args.output or folder / "report.html"

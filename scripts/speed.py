@@ -47,14 +47,13 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="INT", help="of a median [5]")
     parser.add_argument("--seconds", type=float, default=3, metavar="FLOAT", help="of each [3]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="INT", help="[all]")
-    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
     parser.add_argument("--profile", action="store_true", help="only profile five training steps")
     cli.add_place_flags(parser)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise UserError("--repeats: at least 1")
     args.device = use_device(args.device)
-    folder = cli.experiment_folder(args, args.experiment)
+    folder = cli.experiment_folder(args)
     origin = provenance(args.device, resolve({"threads": args.threads}))
     if args.profile:
         profile(args, folder)

@@ -25,14 +25,11 @@ from ganomaly.runs.run import run_folder
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
     parser.add_argument("--recipe", metavar="NAME", help="of experiments/ [the defaults below]")
-    parser.add_argument("--experiment", default="local", metavar="NAME", help="folder [local]")
-    cli.add_run_flags(parser)
-    cli.add_place_flags(parser)
-    parser.add_config_flags()
+    cli.add_train_flags(parser)
     args = parser.parse_args(argv)
     config = resolve(cli.given_values(args))
     recipe = cli.recipe_name(args) if args.config else "of the defaults"
-    folder = cli.experiment_folder(args, args.experiment)
+    folder = cli.experiment_folder(args)
     cli.note_unused_root(config, args)
 
     device = use_device(args.device, args.deterministic)

@@ -58,9 +58,9 @@ def test_help_fits_a_screen(script, capsys, name):
 
 
 def test_an_experiment_is_named_with_and_without_its_parent_folder():
-    args = Namespace(experiments_dir=Path("experiments"))
     for name in ("local/mine", "experiments/local/mine", "experiments/local/mine/"):
-        assert experiment_folder(args, name) == Path("experiments/local/mine")
+        args = Namespace(experiments_dir=Path("experiments"), experiment=name)
+        assert experiment_folder(args) == Path("experiments/local/mine")
 
 
 def test_what_a_restart_would_not_change_is_no_failure_to_a_launcher(script, parts, monkeypatch):
