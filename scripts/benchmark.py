@@ -60,7 +60,8 @@ def main(argv=None) -> int:
     # Of a launcher's processes one prints the table; none gets here before all is done
     if finished and os.environ.get("RANK", "0") == "0":
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
-        results = experiment.read_results(folder, only=keys)
+        results = experiment.read_results(folder)
+        results.runs = [m for m in results.runs if (m["category"], m["seed"]) in keys]
         print(markdown(experiment.page_of(folder, results, recipe)))
         page = report_page(folder, args.data_root, device)
         write_atomic(folder / "report.html", page)

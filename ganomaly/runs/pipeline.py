@@ -14,7 +14,7 @@ from ganomaly import data
 from ganomaly.config import Config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
-from ganomaly.errors import UserError, describe, flag, out_of_memory
+from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.networks import build
 from ganomaly.runs import evaluation, experiment, results
@@ -210,7 +210,7 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
     another process are tried last, so that any number of these processes share the work, the
     longest first.
     """
-    finished, failed, outcomes = {}, {}, set()
+    finished, failed = {}, {}
     waiting = sorted(jobs, key=lambda name: -jobs[name][0].steps)
     total = sum(config.steps for config, _ in jobs.values())
     with tqdm(total=total, unit="step", disable=None) as bar:
@@ -229,7 +229,6 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
                     done = "" if outcome == TRAINED else f" ({outcome})"
                     bar.write(f"{name}: {line.format_map(metrics)}{done}")
                     finished[name] = metrics
-                    outcomes.add(outcome)
                 except Busy:
                     busy.append(name)
                 except Exception as error:
@@ -242,8 +241,6 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
             waiting = busy
     for folder in {jobs[name][1] for name in finished}:
         experiment.write_results(folder, setting.recipe)
-    if outcomes == {DONE_BEFORE} and not failed:
-        print(f"all {len(finished)} runs were done before; {flag('--force')} trains them anew")
     for name, reason in failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     return finished, failed
