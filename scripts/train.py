@@ -41,10 +41,8 @@ def main(argv=None) -> int:
     with tqdm(total=config.steps, unit="step", leave=False, disable=None) as bar:
         metrics, outcome = pipeline.run_one(config, folder, setting, bar)
     write_results(folder)
-    if outcome == pipeline.DONE_BEFORE:
-        print(f"trained already; {flag('--force')} trains it anew")
-    elif outcome == pipeline.REEVALUATED:
-        print("trained already; its test images changed, so it was evaluated again")
+    if outcome != pipeline.TRAINED:
+        print(f"{outcome}; {flag('--force')} trains it anew")
     print(summary(metrics, config.quantile))
     print(f"  written   {run_folder(folder, metrics['category'], config.seed)}")
     return 0

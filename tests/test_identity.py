@@ -30,7 +30,7 @@ def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_
     table = tmp_path / "local/results.csv"
     table.unlink()
     out = printed(script("train", *words, "--checkpoint-every=2"))
-    assert out.startswith("trained already; --force") and table.is_file()
+    assert out.startswith("done before; --force") and table.is_file()
     assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
     assert contents(finished) == before
     # Nor does a checkpoint of another config go on
@@ -100,7 +100,7 @@ def test_test_images_that_came_later_or_changed_are_evaluated(script, parts, tra
     assert "evaluated again" in out and "4 good and 5 defective tested" in out
     assert model.read_bytes() == weights
     assert numbers(folder_of(tmp_path)) == numbers(folder_of(trained))
-    assert printed(script("train", *words)).startswith("trained already; --force")
+    assert printed(script("train", *words)).startswith("done before; --force")
     (root / "parts/test/a_bar/000.png").unlink()
     assert "4 good and 4 defective tested" in printed(script("train", *words))
     words = benchmark_words(root, tmp_path, "--dataset=folder")
@@ -133,7 +133,7 @@ def test_other_code_is_refused_and_named(script, parts, finished, tmp_path, monk
     (finished / "metrics.json").unlink()
     assert "last.pt is of other code (losses.py, new.py" in refusal(script("train", *words))
     printed(script("train", *words, "--force"))
-    assert printed(script("train", *words)).startswith("trained already")
+    assert printed(script("train", *words)).startswith("done before")
 
 
 def test_force_takes_back_our_files_after_a_kill(script, parts, finished, tmp_path, monkeypatch):

@@ -226,8 +226,7 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
                     line = "nothing to evaluate"
                     if metrics["auroc"] is not None:
                         line = "AUROC {auroc:.4f}, F1 {f1:.4f}, PCA-40 {auroc_pca:.4f}"
-                    done = "" if outcome == TRAINED else f" ({outcome})"
-                    bar.write(f"{name}: {line.format_map(metrics)}{done}")
+                    bar.write(f"{name}: {line.format_map(metrics)} ({outcome})")
                     finished[name] = metrics
                 except Busy:
                     busy.append(name)
