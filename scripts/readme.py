@@ -51,8 +51,8 @@ def table() -> str:
             rows = [row for row in runs[name] if row["category"] == category]
             text = spread([row[column] for row in rows])
             cells.append(text if column == "auroc" else text.split(" ± ")[0])
-        others = [other.get(category) for other in OTHERS.values()]
-        lines.append([*cells, *("" if figure is None else f"{figure:.3f}" for figure in others)])
+        others = [[other[category]] if category in other else [] for other in OTHERS.values()]
+        lines.append([*cells, *map(spread, others)])
     return markdown_table(["set", *(header for header, *_ in OURS), *OTHERS], lines)
 
 

@@ -72,7 +72,7 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([texts[0], "|---" * len(lines[0]) + "|", *texts[1:], ""])
 
 
-def csv_text(header: list[str], rows: list[list]) -> str:
+def csv_text(header: list[str], rows: Iterable[Iterable]) -> str:
     """A table as CSV; floats to six digits."""
     text = io.StringIO()
     cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows]
@@ -173,19 +173,18 @@ def results_page(name: str, runs: list[dict], one_recipe: bool = True, reference
     page.append(table(columns, shown, published))
     page.append("AUROC of every score of the same networks:")
     scores = {column.removeprefix("auroc_"): column for column in score_columns(evaluated)}
-    return [*page, table(scores, shown)]
+    return [*page, table(scores, shown, {})]
 
 
-def table(columns: dict[str, str], rows: list[dict], published: dict | None = None) -> Table:
+def table(columns: dict[str, str], rows: list[dict], published: dict[str, dict]) -> Table:
     """A row a category: the spread of its rows' figures, then what others published."""
     lines = []
     for category in dict.fromkeys(row["category"] for row in rows):
         mine = [row for row in rows if row["category"] == category]
         figures = [[r[key] for r in mine if r.get(key) is not None] for key in columns.values()]
-        others = [figures.get(category) for figures in (published or {}).values()]
-        cells = ["" if figure is None else f"{figure:.3f}" for figure in others]
-        lines.append([category, *map(spread, figures), *cells])
-    return Table(["category", *columns, *(published or {})], lines)
+        figures += [[other[category]] if category in other else [] for other in published.values()]
+        lines.append([category, *map(spread, figures)])
+    return Table(["category", *columns, *published], lines)
 
 
 def verdicts_of(m: dict) -> dict[str, str]:

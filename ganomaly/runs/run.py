@@ -80,9 +80,8 @@ class Run:
         """scores.csv: a row a test image, raw float32 scores."""
         columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
         rows = zip(category.test_paths, category.test_defects, category.test_labels, *columns)
-        write_atomic(
-            self.path("scores.csv"), csv_text(["path", "defect", "label", *scores], list(rows))
-        )
+        header = ["path", "defect", "label", *scores]
+        write_atomic(self.path("scores.csv"), csv_text(header, rows))
 
     def write_samples(self, o: Outputs) -> None:
         """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
