@@ -6,6 +6,7 @@ images on which the run errs most. The page says what was not at hand.
 """
 
 import base64
+import contextlib
 import csv
 from html import escape
 from pathlib import Path
@@ -141,8 +142,10 @@ def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:
     """A page of images and verdicts. rows: as in predict's CSV, in the order of the page."""
     out = [HEAD, *blocks(["Verdicts", text])]
     out.append(f"<p>The most anomalous of them, up to {pictures.WORST}. {HEAT}<div class=pictures>")
-    shown = explained_files(detector, [path for path, *_ in rows]) if rows else []
-    for picture, (path, score, threshold, verdict, p_value) in zip(shown, rows):
+    for path, score, threshold, verdict, p_value in rows:
+        picture = ""
+        with contextlib.suppress(UserError):  # the file is gone since
+            (picture,) = explained_files(detector, [path])
         caption = f"{path}: {verdict}, score {float(score):.4g} (threshold {float(threshold):.4g}),"
         out.append(figure(picture, f"{caption} p-value {p_value}"))
     return "\n".join([*out, "</div>"]) + "\n"
