@@ -3,7 +3,8 @@
 An image is called defective when its score is above the threshold, which held-out normal images
 set; the p-value is the share of normal images that score as high. An image that cannot be read is
 a row with the reason, and the exit code is 1. Rows are written as images are scored, into
-FILE.part until all are there. After an interruption the same command goes on from there.
+FILE.part until all are there; its last column tells a file that was changed or replaced since.
+After an interruption the same command goes on from there.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from ganomaly.files import check_output, lock, path_in_error, write_atomic, writ
 from ganomaly.images import Facts, decode, note_odd, read_image
 from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
-from ganomaly.runs.results import promise
+from ganomaly.runs.results import csv_text, promise
 
 HEADER = ["path", "score", "threshold", "verdict", "p_value"]
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any file name fits
@@ -63,15 +64,12 @@ def main(argv=None) -> int:
         if args.output and os.path.realpath(args.output) == os.path.realpath(args.report):
             raise UserError(f"--report {args.report}: is the --output too; name another file")
     if args.heatmaps:
-        check_heatmaps(args.heatmaps, items)
+        check_heatmaps(args.heatmaps, args.images, items)
 
     seen: list[tuple[str, Facts]] = []
-    with open_rows(args, items, detector) as (file, done):
-        rows, writer = [*done], csv.writer(file, lineterminator="\n")
-        writer.writerows([HEADER, *done])
-        for batch in judged(detector, items[len(done) :], args.heatmaps, seen):
-            writer.writerows(batch)
-            file.flush()
+    with open_rows(args, items, detector) as (rows, write):
+        for batch in judged(detector, items[len(rows) :], args.heatmaps, seen):
+            write(batch)
             rows += batch
     counts = Counter(verdict.partition(":")[0] for _, _, _, verdict, _ in rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
@@ -92,59 +90,83 @@ def main(argv=None) -> int:
 
 @contextlib.contextmanager
 def open_rows(args, items: list[Item], detector: Detector):
-    """Yield the file for the rows, and the rows that an interrupted run has written to it."""
-    if args.output is None:
-        yield sys.stdout, []
-    elif args.output.exists() and not args.output.is_file():  # a pipe or a device
-        with path_in_error(args.output), open(args.output, "w", **TEXT) as file:
-            yield file, []
+    """Yield the rows that an interrupted run has written, and a function that writes more."""
+    output, part, rows = args.output, None, []
+    if output is None:
+        opened = contextlib.nullcontext(sys.stdout)
+    elif output.exists() and not output.is_file():  # a pipe or a device
+        opened = open(output, "w", **TEXT)
     else:
-        output = Path(os.path.realpath(args.output))  # a link stays a link
+        output = Path(os.path.realpath(output))  # a link stays a link
         part = output.with_name(f"{output.name}.part")
-        with path_in_error(part), open(part, "a+", **TEXT) as file:
+        with path_in_error(part):
+            opened = open(part, "a+", **TEXT)
+    with opened as file:
+        writer = csv.writer(file, lineterminator="\n")
+
+        def write(new: list) -> None:
+            with path_in_error(part or output or Path("standard output")):
+                new = [[*row, version_of(args.model, row[0])] for row in new] if part else new
+                writer.writerows(new)
+                file.flush()
+
+        if part:
             lock(file, f"{part}: another process is writing to this file")
-            done = rows_before(file, items, detector, args)
-            if done:
-                print(f"{part}: going on after {len(done)} of {len(items)} images", file=sys.stderr)
+            rows = rows_before(file, items, detector, args)
             file.truncate(0)
-            try:
-                yield file, done
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
-            os.replace(part, output)
+        if rows:
+            text = f"going on after {len(rows)} of {len(items)} images; notes are on the others"
+            print(f"{part}: {text}", file=sys.stderr)
+        write([HEADER, *rows])
+        try:
+            yield rows, write
+        except KeyboardInterrupt:
+            if part is None:
+                raise
+            raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
+        if part:
+            write_atomic(output, csv_text(HEADER, rows))
+            part.unlink()
+
+
+def version_of(*files: str | Path) -> str:
+    """Another text if one of the files is another one, was changed, or is gone."""
+    states = (os.stat(file) if os.path.exists(file) else None for file in files)
+    return " ".join(f"{s.st_dev}-{s.st_ino}-{s.st_ctime_ns}" if s else "none" for s in states)
 
 
 def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
     """The rows that an interrupted run of the same command has written.
 
-    None if the model has changed since. They end where an image has changed. The last row may be
-    cut. Only whole batches count, as the last digits of a score depend on the others of its batch.
+    They end where the model or an image is another one now. The last row may be cut. Only whole
+    batches count, as the last digits of a score depend on the others of its batch.
     """
-    since, n = os.fstat(file.fileno()).st_mtime, 0
-    if os.stat(args.model).st_ctime > since:
-        return []
     file.seek(0)
     try:
-        rows = list(csv.reader(file))[1:-1]
+        rows, n = list(csv.reader(file))[1:-1], 0
     except csv.Error:
         return []
+    threshold = f"{detector.threshold:.9g}"
     for (path, name), row in zip(items, rows):
-        if len(row) != len(HEADER) or [row[0], row[2]] != [path, f"{detector.threshold:.9g}"]:
-            break
-        if os.path.exists(path) and os.stat(path).st_ctime > since:
+        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(args.model, path)]:
             break
         if args.heatmaps and row[1] and not heatmap_of(args.heatmaps, name).exists():
             break
         n += 1
-    return rows[: n - n % detector.batch]
+    return [row[:5] for row in rows[: n - n % detector.batch]]
 
 
-def check_heatmaps(folder: Path, items: list[Item]) -> None:
+def check_heatmaps(folder: Path, places: list[str], items: list[Item]) -> None:
     """No heat map may take the place of an image or of another heat map, nor be scored as one."""
     paths: dict[Path, str] = {}
+    real = Path(os.path.realpath(folder))
+    if any(
+        os.path.isdir(place) and real.is_relative_to(os.path.realpath(place)) for place in places
+    ):
+        raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
     for path, name in items:
         target = heatmap_of(folder, name)
-        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        if Path(os.path.realpath(path)).is_relative_to(real):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
         if target.exists() and not is_heatmap(target):
             raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
