@@ -76,8 +76,11 @@ def as_bytes(content: bytes | memoryview | str) -> bytes | memoryview:
 
 
 def write_output(path: Path, content: bytes | str) -> None:
-    """Write a file that a user named, in place: it may be a link, a pipe or a device."""
-    with path_in_error(path):
+    """Write a file that a user named. A link stays a link; a pipe or a device is written to."""
+    path = Path(os.path.realpath(path))
+    if path.is_file() or not path.exists():
+        write_atomic(path, content)
+    else:
         path.write_bytes(as_bytes(content))
 
 
