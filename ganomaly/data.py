@@ -109,7 +109,7 @@ def is_category(folder: Path) -> bool:
 
 def categories_in(root: Path) -> list[str]:
     """The sub-folders with a train/good; else those with images, if the root has none itself."""
-    names = [path.parent.parent.name for path in root.glob("*/train/good")]
+    names = [path.parent.parent.name for path in root.glob("[!.]*/train/good")]
     if not names and not is_category(root):
         others = (path for path in root.glob("[!.]*") if path.name not in THUMBNAILS)
         names = [path.name for path in others if is_category(path)]

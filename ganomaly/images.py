@@ -54,12 +54,12 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65_535:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
-        return levels.astype(np.int64)
+        return levels.astype(np.int32)
     if ";16" not in str(getattr(image, "tile", "")):
         if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
             raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
         return None
-    high = np.asarray(image)[..., :3].astype(np.int64)  # Pillow keeps one byte; no alpha channel
+    high = np.asarray(image)[..., :3].astype(np.int32)  # Pillow keeps one byte; no alpha channel
     try:
         with Image.open(image.filename, formats=FORMATS) as other:
             other.tile = [(*tile[:3], swapped(tile[3])) for tile in other.tile]
@@ -89,7 +89,7 @@ def to_pixels(
     image.load()
     if levels is None and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when such a palette goes straight to RGB
-    if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 255:
+    if image.getbands()[-1] == "A" and image.getchannel("A").getextrema()[0] < 255:
         notes.append("have transparent pixels; the colours under them count, though hidden")
     original = image
     if levels is not None:

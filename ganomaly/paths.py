@@ -12,7 +12,7 @@ from ganomaly.errors import UserError
 SUFFIXES = set(
     ".png .jpg .jpeg .jpe .jfif .bmp .dib .tif .tiff .webp .gif .jp2 .pgm .ppm .pbm .pnm".split()
 )
-NOT_READ = set(".heic .heif .avif .jxl .raw .cr2 .cr3 .nef .arw .dng .psd .svg .exr".split())
+NOT_READ = set(".heic .heif .avif .jxl .raw .cr2 .cr3 .nef .arw .dng .psd .svg .exr .tga".split())
 THUMBNAILS = {"@eaDir", "__MACOSX"}  # folders that a NAS or an archive program adds
 
 
@@ -53,6 +53,8 @@ def note_left_out(folder: Path, used: Iterable[str | Path]) -> None:
         suffix = Path(path).suffix.lower()
         if suffix in NOT_READ:
             reasons[f"{suffix} (convert them to png)"] += 1
+        elif path not in used and os.path.isdir(path):
+            reasons[f"folder {os.path.relpath(path, folder)} that cannot be read"] += 1
         elif path not in used and is_image(path):
             reasons[f"in {os.path.relpath(os.path.dirname(path), folder)}"] += 1
     if reasons:
