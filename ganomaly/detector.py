@@ -5,7 +5,7 @@ other images it differs by rounding only, at most by 1e-5 of its size. Scoring c
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,13 +137,16 @@ class Detector:
     def __call__(self, images: Tensor | np.ndarray | str | Path | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.
 
+        A tensor has the channels in the order RGB. It was reduced by a filter that averages, as
+        Pillow's BILINEAR does for files. One that leaves pixels out changes the verdicts.
         UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
-            paths = [images] if isinstance(images, str | Path) else list(images)
+            several = isinstance(images, Iterable) and not isinstance(images, str)
+            paths = list(images) if several else [images]
             if not all(isinstance(path, str | Path) for path in paths):
                 raise ValueError("images are paths of files, or one uint8 tensor (N, C, S, S)")
             images, facts = read_images(paths, c.image_size, c.channels, self.kind.full_scale)

@@ -1,9 +1,11 @@
 """Write a trained model as one file that needs nothing of ours; the suffix of --output decides.
 
 .pt2 is a torch.export program. .onnx is for ONNX Runtime; there it is compared with the model
-before it is written. The input `images` is uint8 (B, C, S, S) of any B. The outputs are `scores`
-(B,), `defective` (B,), which says whether each score is above the threshold, and `heat_maps`
-(B, S, S), as ganomaly.detector has them: normalisation, calibration and threshold are inside.
+before it is written. The input `images` is uint8 (B, C, S, S) of any B. Colours are in the order
+RGB. Photographs are reduced by a filter that averages, as Pillow's BILINEAR or OpenCV's INTER_AREA.
+The outputs are `scores` (B,), `defective` (B,), which says whether each score is above the
+threshold, and `heat_maps` (B, S, S), as ganomaly.detector has them: normalisation, calibration and
+threshold are inside.
 """
 
 import io
