@@ -1,11 +1,10 @@
-import dataclasses
 import json
 
 import pytest
 
 from ganomaly import config as configuration
 from ganomaly.cli import Parser, given_values
-from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, checked, from_json, knob, resolve
+from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, from_json, resolve
 from ganomaly.errors import UserError
 
 from .conftest import CHANGES, ROOT, committed
@@ -43,9 +42,9 @@ def test_dataset_follows_from_the_category_and_its_defaults_give_way_to_flags():
 
 def test_flags_override_a_config_file(tmp_path):
     path = tmp_path / "saved.json"
-    path.write_text(Config(category="bottle", steps=10, width=8).to_json())
-    config = parsed("--config", str(path), "--steps", "20")
-    assert (config.steps, config.width, config.category) == (20, 8, "bottle")
+    path.write_text(Config(category="bottle", steps=10, width=8, tta=True).to_json())
+    config = parsed("--config", str(path), "--steps", "20", "--no-tta")
+    assert (config.steps, config.width, config.category, config.tta) == (20, 8, "bottle", False)
 
 
 def test_another_dataset_than_the_files_brings_its_own_defaults(tmp_path):
@@ -86,6 +85,7 @@ REFUSED = [  # for each kind of limit and of type a value beyond it
     ("category", "../x", "folder name"),
     ("category", "..", "folder name"),
     ("category", 3, "text"),
+    ("tta", 1, "true or false"),
 ]
 
 
@@ -96,19 +96,6 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
     text = str(error.value)
     assert text.startswith("saved.json: ") and name in text and allowed in text
     assert "\n" not in text
-
-
-def test_a_knob_may_be_a_bool(monkeypatch):
-    made = dataclasses.make_dataclass("Knobs", [("switch", "bool", knob(False, "a switch"))])
-    field = made.__dataclass_fields__["switch"]
-    monkeypatch.setitem(FIELDS, "switch", field)
-    parser = Parser("test")
-    parser.add_config_flags()
-    for word, expected in (("--switch", True), ("--no-switch", False)):
-        value = given_values(parser.parse_args([word]))["switch"]
-        assert checked(field, value) is expected
-    with pytest.raises(UserError, match="switch: .* allowed: true or false"):
-        checked(field, 1)
 
 
 def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
