@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from ganomaly import losses, training
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
-from ganomaly.device import use_device
 from ganomaly.errors import UserError
 from ganomaly.networks import build, initialise
 from ganomaly.training import AMP, resolve_amp, train
@@ -212,14 +211,3 @@ def test_weights_that_are_not_finite_are_not_kept(monkeypatch):
     with pytest.raises(UserError, match="not finite"):
         train(SMALL.replace(checkpoint_every=1), PIXELS, CPU, memory)
     assert not memory.saved
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("amp", ("fp32", "bf16", "fp16"))
-def test_cuda_trains_and_resumes(amp):
-    device = use_device("cuda", deterministic=True)
-    config, memory = SMALL.replace(amp=amp, corrupted=0.5, comparator_width=4), Memory()
-    trained = train(config, PIXELS, device, memory)
-    assert all(value.isfinite().all() for value in weights(trained))
-    assert same(trained, train(config, PIXELS, device, Memory(memory.saved[3])))
