@@ -324,11 +324,8 @@ class Malicious:
 def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, state = tmp_path / "bad.pt", detector.state()
-    torch.save(state, path)
     bad = [
         b"hello",
-        path.read_bytes()[:5000],
-        [1, 2],
         {"config": Malicious()},
         {"generator": state["networks"]["generator"]},
         {**state, "config": Config().to_json()},
@@ -341,6 +338,9 @@ def test_what_is_not_a_model_is_refused_in_one_line(detector, tmp_path, monkeypa
         with pytest.raises(UserError, match="bad.pt: not a model.pt") as error:
             load_detector(path, CPU)
         assert "\n" not in str(error.value)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="finished run \\(holds no names\\)"):
+        load_detector(path, CPU)
     assert not (tmp_path / "pwned").exists()
 
 
