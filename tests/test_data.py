@@ -189,25 +189,6 @@ def test_mnist_and_cifar10_are_pooled_and_one_class_is_out(dataset, category, mo
         assert label == (int(number) % 10 == {"3": 3, "frog": 6}[category]) == (kind == category)
 
 
-# Masks
-
-
-def test_masks_are_of_their_images_at_the_network_s_size_or_there_are_none(tmp_path, capsys):
-    parts = draw_category(tmp_path / "parts", n_bad=2)
-    assert data.load(folder(), tmp_path).test_masks is None
-    assert not capsys.readouterr().err
-    place = parts / "ground_truth" / "a_bar"
-    place.mkdir(parents=True)
-    for name, rows in (("000.png", slice(0, 2)), ("001_mask.png", slice(20, 40))):
-        mask = np.zeros((64, 64), np.uint8)
-        mask[rows] = 255
-        Image.fromarray(mask).save(place / name)
-    masks = data.load(folder(), tmp_path).test_masks
-    assert masks.shape == (6, 32, 32) and masks.dtype == torch.bool
-    rows = [mask.any(1).nonzero().flatten().tolist() for mask in masks]
-    assert rows == [[0], list(range(10, 20)), [], [], [], []]
-
-
 def test_a_mask_belongs_to_the_test_images_and_other_sets_have_no_hashes(tmp_path):
     parts = draw_category(tmp_path / "parts")
     before = data.image_hashes(folder(), tmp_path)

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ganomaly import data, load
@@ -121,9 +122,12 @@ def test_sixteen_bits_after_eight_are_told(tmp_path, trained, capsys):
 )  # fmt: skip
 def test_masks_are_found_and_mean_the_same(tmp_path, said, how):
     root = draw_category(tmp_path / "parts", n_bad=2)
+    category, err = said(tmp_path)
+    assert category.test_masks is None and not err
     add_masks(root)
     expected = said(tmp_path)[0].test_masks
-    assert expected.any((1, 2)).tolist() == [True] * 2 + [False] * 4
+    bars = category.test[:, 0] > 180  # 250 on 60 or 140; half of a pixel is enough
+    assert expected.dtype == torch.bool and (expected != bars).float().mean() < 0.003
     shutil.rmtree(root / "ground_truth")
     add_masks(root, **how)
     category, err = said(tmp_path)
