@@ -153,28 +153,22 @@ def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said, c
 
 
 @pytest.mark.parametrize(
-    "width, level, length, words",
+    "spoil, reason",
     [
-        (40, 0, None, "000_mask.png is empty"),
-        (60, 255, None, "60x40 pixels, another shape"),
-        (40, 255, 40, "000_mask"),  # a cut file
+        (lambda mask: Image.new("L", (40, 40)).save(mask), "000_mask.png is empty"),
+        (lambda mask: Image.new("L", (60, 40), 255).save(mask), "000_mask.png has 60x40 pixels"),
+        (lambda mask: mask.write_bytes(mask.read_bytes()[:40]), "000_mask.png: "),
+        (lambda mask: mask.unlink(), "no file with its name"),
     ],
 )
-def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(
-    tmp_path, said, width, level, length, words
-):
+def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(tmp_path, said, spoil, reason):
     root = draw_category(tmp_path / "parts", n_bad=2)
     add_masks(root)
-    mask = root / "ground_truth" / "a_bar" / "000_mask.png"
-    Image.new("L", (width, 40), level).save(mask)
-    mask.write_bytes(mask.read_bytes()[:length])
-    category, err = said(tmp_path)
-    assert category.test_masks is None and words in err and "1 of 2 defective images" in err
-    shutil.rmtree(root / "ground_truth" / "a_bar")
+    spoil(root / "ground_truth" / "a_bar" / "000_mask.png")
     category, err = said(tmp_path)
     assert category.test_masks is None
-    assert "2 of 2 defective images have no usable mask in ground_truth/" in err
-    assert "a_bar/000.png (no file with its name)" in err
+    assert "1 of 2 defective images have no usable mask in ground_truth/" in err
+    assert f"a_bar/000.png ({reason}" in err
 
 
 # Images that are left out
