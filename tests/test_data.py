@@ -209,12 +209,8 @@ def test_normalisation_removes_exposure_and_leaves_contrast(grey):
     expected = to_input(pixels, CPU, 0.8)
     for exposure in (2, 3):
         assert torch.allclose(to_input(exposure * pixels, CPU, 0.8), expected, atol=1e-6)
-        assert not torch.allclose(to_input(exposure * pixels, CPU), to_input(pixels, CPU), atol=0.1)
-    assert expected.mean((1, 2, 3)).abs().max() < 1e-6
     relative = pixels[0] / pixels[0].double().mean() - 1
     assert torch.allclose(expected[0].double(), relative / 0.8, atol=1e-6)
-    # Added light lowers the contrast, which is not removed
-    assert to_input(pixels + 100, CPU, 0.8).std() < 0.5 * expected.std()
 
 
 def test_normalisation_of_an_image_without_content_is_finite_and_quiet():
