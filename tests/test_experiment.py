@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ganomaly.config import ROOT, Config, load
-from ganomaly.data import MVTEC, TEN
+from ganomaly.data import MVTEC
 from ganomaly.errors import UserError, describe
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs import experiment, results
@@ -80,16 +80,6 @@ def test_means_of_the_fifteen_with_and_without_screw():
     assert float(more[2]["auroc"]) == pytest.approx((sum(range(15)) / 20 + 0.9) / 16, abs=1e-5)
     # anomalib's mean stands beside a mean of the fifteen, not beside one of fewer
     assert "0.421" in markdown_of("x", runs) and "0.421" not in markdown_of("x", runs[1:])
-
-
-def test_a_mean_is_of_a_seed_and_named_by_how_many_it_is_of():
-    for dataset, names, seeds, means in (
-        ("mvtec", ["bottle", "cable"], ["1", "2"], ["Mean of 2", "Mean of 2"]),
-        ("digits", TEN, ["42"], ["Mean"]),
-    ):
-        runs = [run_metrics(name, int(seed), 0.5, dataset) for seed in seeds for name in names]
-        rows = rows_of(runs)[len(runs) :]
-        assert [row["category"] for row in rows] == means and [row["seed"] for row in rows] == seeds
 
 
 def test_the_committed_table_stands_beside_by_category_and_seed_and_no_name_breaks_a_table():
