@@ -162,13 +162,8 @@ def test_false_alarms_that_cannot_be_promised_are_told():
 
 # From the folders of runs
 
-EDITED = [
-    "", "[]", "{}", "[" * 100_000, json.dumps(run_metrics("bottle"))[:-20],
-    json.dumps({"seed": 1, "auroc": 0.5}),
-]  # fmt: skip
 
-
-@pytest.mark.parametrize("text", EDITED, ids=range(len(EDITED)))
+@pytest.mark.parametrize("text", ("", "[]", '{"seed": 1}', "[" * 100_000), ids=range(4))
 def test_edited_metrics_are_refused_by_name_and_cost_the_other_runs_nothing(tmp_path, capsys, text):
     for category in ("bottle", "cable"):
         write_run(tmp_path / category / "seed42", run_metrics(category))
