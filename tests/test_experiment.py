@@ -122,13 +122,6 @@ def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     assert "Mean" not in text and "0.500 ±" not in text
 
 
-def test_a_run_without_test_images_is_named_and_no_part_of_a_mean():
-    empty = run_metrics("parts", dataset="folder", scores={"latent": None})
-    empty |= dict.fromkeys(FIGURES)
-    assert rows_of([empty])[0]["auroc"] == ""
-    assert "nothing to evaluate: parts" in markdown_of("x", [empty])
-
-
 def test_runs_from_before_a_score_was_added_still_make_a_table():
     newer = run_metrics("cable", scores={"latent": 0.5, "feature": 0.5, "brand_new": 0.9})
     runs = [run_metrics("bottle"), newer]

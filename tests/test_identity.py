@@ -92,6 +92,7 @@ def test_test_images_that_came_later_or_changed_are_evaluated(script, parts, tra
     words, model = train_words(root, tmp_path), folder_of(tmp_path) / "model.pt"
     out = printed(script("train", *words))
     assert "nothing could be evaluated" in out and "expected false alarms 9.1 %" in out
+    assert "nothing to evaluate: parts." in (tmp_path / "local/results.md").read_text()
     weights = model.read_bytes()
     shutil.copytree(parts / "parts/test", root / "parts/test")
     line = "evaluate again, its test images changed"
