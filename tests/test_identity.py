@@ -50,8 +50,6 @@ def test_a_named_experiment_keeps_its_recipe_until_forced(script, parts, tmp_pat
     assert (saved["seed"], saved["category"], saved["width"]) == (42, None, 4)
     line = refusal(script("train", *words, "--seed=8", "--width=5"))
     assert "width (4 there, 5 asked)" in line and "ARGS=--force" in line
-    line = refusal(script("train", "--config", recipe, *words, "--lr=1"))
-    assert "another recipe: lr" in line
     printed(script("train", *words, "--seed=7", "--width=5", "--force"))
     assert read_json(recipe)["width"] == 5
     printed(script("train", *words, "--seed=8", "--width=5"))
