@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ganomaly.data import MVTEC
-
-from .conftest import ROOT, TINY_FLAGS, committed, draw_category, load_script, read_json, train
+from .conftest import ROOT, TINY_FLAGS, committed, draw_category, load_script, train
 
 pytestmark = pytest.mark.slow
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -127,15 +125,8 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     where = [f"DATA_ROOT={fifteen}", small]
     runs = (["benchmark"], ["ablate", "CATEGORIES=bottle"], ["train", "CATEGORY=bottle"])
     local = clone / "experiments" / "local"
-    metrics = read_json(clone / "experiments/paper/bottle/seed42/metrics.json")
     table, ablated, trained = made(clone, [[*run, *where] for run in runs])
-    rows = {cells[0]: cells for cells in rows_of(table)[:18]}
-    assert list(rows) == ["category", *MVTEC, "Mean", "Mean without screw"]
-    assert "0.421" in rows["Mean"]
-    bottle = dict(zip(rows["category"], rows["bottle"]))
-    assert bottle["reference"] == f"{metrics['auroc']:.3f}"
-    for title in ("anomalib README", "arXiv 2108.12159", "DRAEM"):
-        assert title in " ".join(bottle)
+    assert "| Mean without screw |" in table
     assert "made with another config: image_size (64 there, 32 asked)" in table
     assert "| no encoder loss |" in ablated and "bottle seed 42: " in trained
     assert git("status", "--porcelain", cwd=clone) == ""
@@ -145,12 +136,7 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     # The user's table is what was asked for, whatever else is in the folder
     (some,) = made(clone, [["benchmark", "CATEGORIES=tile wood", *where]])
     assert some.count("(done before)") == 2
-    assert [cells[0] for cells in rows_of(some)[:4]] == ["category", "tile", "wood", "Mean of 2"]
-
-
-def rows_of(table: str) -> list[list[str]]:
-    """The cells of the rows of printed tables."""
-    return [line[2:].split(" | ") for line in table.splitlines() if line[:2] == "| "]
+    assert "| Mean of 2 |" in some and "| bottle |" not in some
 
 
 def apply_recipes(clone: Path) -> None:
