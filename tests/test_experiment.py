@@ -23,8 +23,6 @@ from ganomaly.runs.run import read_metrics
 
 from .conftest import read_csv
 
-ORACLE = "AUROC of the best checkpoint (oracle)"
-
 
 def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dict:
     return {
@@ -33,7 +31,7 @@ def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dic
         "threshold": 1.0, "scores": {"latent": auroc, "feature": 0.25},
         "n_train": 10, "n_calibration": 10, "n_test_good": 5, "n_test_defective": 5,
         "train_seconds": 1.0, "images_per_second": 9.0,
-        "provenance": {"python": "3", "threads": 1, "command": "python scripts/train.py, x"},
+        "provenance": {"python": "3", "threads": 1, "command": "python scripts/train.py"},
         **changes,
     }  # fmt: skip
 
@@ -70,14 +68,10 @@ def test_means_of_the_fifteen_with_and_without_screw():
     assert float(rows[15]["auroc"]) == pytest.approx(statistics.fmean(values))
     del values[MVTEC.index("screw")]
     assert float(rows[16]["auroc"]) == pytest.approx(statistics.fmean(values), abs=1e-5)
-    assert float(rows[16]["auroc_feature"]) == 0.25
-    assert rows[15]["threshold"] == rows[15]["command"] == ""
-    assert rows[0]["command"] == "python scripts/train.py, x"
     # A mean of the fifteen stands whatever else is there
     more = rows_of([*runs, run_metrics("magnetic_tile", auroc=0.9, dataset="folder")])[16:]
     names = ["Mean", "Mean without screw", "Mean of 16", "Mean of 15 without screw"]
     assert [row["category"] for row in more] == names and more[0] == rows[15]
-    assert float(more[2]["auroc"]) == pytest.approx((sum(range(15)) / 20 + 0.9) / 16, abs=1e-5)
     # anomalib's mean stands beside a mean of the fifteen, not beside one of fewer
     assert "0.421" in markdown_of("x", runs) and "0.421" not in markdown_of("x", runs[1:])
 
@@ -120,15 +114,6 @@ def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     text = markdown_of("local", mixed, one_recipe=False)
     assert "| 3 (digits, seed 1) |" in text and "| 3 (mnist, seed 2) |" in text and "±" in text
     assert "Mean" not in text and "0.500 ±" not in text
-
-
-def test_runs_from_before_a_score_was_added_still_make_a_table():
-    newer = run_metrics("cable", scores={"latent": 0.5, "feature": 0.5, "brand_new": 0.9})
-    runs = [run_metrics("bottle"), newer]
-    assert [row["auroc_brand_new"] for row in rows_of(runs)] == ["", "0.9", ""]
-    assert "brand_new" in markdown_of("x", runs)
-    assert list(rows_of(runs)[0])[16:19] == ["pixel_auroc", "auroc_nearest", "aupro"]
-    assert "aupro" not in rows_of([run_metrics("bottle", aupro=None)])[0]
 
 
 def test_the_summary_tells_what_was_found_and_what_does_better():
@@ -187,14 +172,6 @@ def test_a_damaged_curve_is_no_curve(tmp_path):
         write_run(tmp_path / "bottle" / "seed42", run_metrics("bottle"), curve)
         experiment.write_results(tmp_path)
         assert (tmp_path / "curves.svg").exists() == (text == "1,.5\n")
-
-
-def test_the_best_checkpoint_is_no_worse_than_the_last_which_more_images_score(tmp_path):
-    for seen, best in ((0.6, 0.7), (0.8, 0.8)):
-        curve = f"step,latent\n1,{seen}\n2,.5\n"
-        write_run(tmp_path / "bottle" / "seed42", run_metrics("bottle", auroc=0.7), curve)
-        experiment.write_results(tmp_path)
-        assert float(column_of((tmp_path / "results.md").read_text(), ORACLE)[0]) == best
 
 
 def test_a_recorded_command_has_no_path_of_the_machine():
