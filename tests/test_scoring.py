@@ -275,7 +275,7 @@ def raw_scores(normal: torch.Tensor) -> scoring.Raw:
 def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score):
     """The rate of one draw of calibration images varies, so this is over many draws."""
     draws, fresh = 60, 50
-    alarms = in_sample = 0
+    alarms = 0
     for draw in range(draws):
         everything = gaps(n + fresh, dim, seed=draw)
         normal, test = raw_scores(everything[:n]), raw_scores(everything[n:])
@@ -284,8 +284,6 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
         named = share_above(n, quantile)
         scores = scoring.all_scores(test, calibration.statistics)[score]
         alarms += int((scores > threshold).sum())
-        fitted = scoring.all_scores(normal, calibration.statistics)[score]
-        in_sample += int((scores > threshold_at(fitted, quantile)).sum())
     trials = draws * fresh
     # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.
     error = math.sqrt(named * (1 - named) * (1 / trials + 1 / (draws * n)))
@@ -294,8 +292,6 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
     # Four fifths of few images fit worse than all of them, so fewer false alarms than named; with
     # enough images the two agree. Half of the named rate says that defects are not given away.
     assert alarms / trials > (named - 3 * error if n == 500 else named / 2 - 3 * error)
-    if n == 42 and score == "latent_whitened":  # without folds; three parts have few statistics
-        assert in_sample / trials > named + 3 * error
 
 
 def test_threshold_is_the_conformal_rank():
