@@ -38,7 +38,6 @@ def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path)
         ("ablate", ["--categories", "bottle", "screw", "--data-root", empty],
          "data of 2 of 2 categories is missing (bottle, screw)"),
         ("ablate", ["--only", "no bias"], "--only: invalid choice: 'no bias'"),
-        ("evaluate", ["--experiments-dir", out], "no finished run"),
         ("report", ["--experiments-dir", out], "no finished run there"),
         ("predict", model, "none.pt: No such file"),
         ("predict", [], "--model"),
@@ -83,14 +82,12 @@ def test_a_dry_run_of_train_does_nothing(script, parts, finished, tmp_path):
     out = printed(script("train", *words))
     assert f"would: {folder_of(tmp_path / 'new')}: train 6 steps" in out
     assert '"latent_dim": 8' in out and not (tmp_path / "new").exists()
-    line = refusal(script("train", *words, "--category=prats"))
-    assert "prats" in line and "categories there: parts" in line
+    assert "categories there: parts" in refusal(script("train", *words, "--category=prats"))
     words, before = [*train_words(parts, tmp_path), "--dry-run"], contents(finished)
     assert "finished, left alone" in printed(script("train", *words))
     assert "train 6 steps anew" in printed(script("train", *words, "--force"))
     (finished / "metrics.json").rename(tmp_path / "aside")
     assert "go on from its checkpoint" in printed(script("train", *words))
-    refusal(script("train", *words, "--steps=9"))
     (tmp_path / "aside").rename(finished / "metrics.json")
     assert contents(finished) == before
 
