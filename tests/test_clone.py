@@ -79,9 +79,7 @@ def runnable(command: str, fifteen: Path) -> list[str]:
     if target in TRAINS:
         given["ARGS"] = f"{given.get('ARGS', '')} --dry-run".strip()
         given.pop("WORKERS", None)  # a launcher's start takes longer than all others together
-        elsewhere = {"mnist", "cifar10", "digits"} & {given.get("DATASET"), given.get("RECIPE")}
-        digits = target == "train" and "CATEGORY" not in given
-        if not elsewhere and not digits and given.get("CATEGORY") != "parts":
+        if given.get("CATEGORY") != "parts":
             given["DATA_ROOT"] = str(fifteen)
         if "solar_cells" in given.get("CATEGORIES", ""):
             given["CATEGORIES"] = "bottle screw"  # the drawn ones have MVTec AD's names
