@@ -13,18 +13,15 @@ from PIL import Image, PngImagePlugin
 from .conftest import folder_of, numbers, printed, read_csv, refusal, train_words
 
 
-def packed(kind: str, image: Image.Image, **save) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **save)
-    return buffer.getvalue()
-
-
 def noise(seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
 
 
-def bytes_of(kind: str, **save) -> bytes:
-    return packed(kind, Image.fromarray(noise()), **save)
+def packed(kind: str, image: Image.Image | None = None, **save) -> bytes:
+    """A file of an image, else of noise."""
+    buffer = io.BytesIO()
+    (image or Image.fromarray(noise())).save(buffer, kind, **save)
+    return buffer.getvalue()
 
 
 def animation(kind: str) -> bytes:
@@ -42,22 +39,22 @@ IMAGES = [
     ("zero.png", b"", "cannot identify"),
     ("text.png", b"hello", "cannot identify"),
     ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot"),
-    ("cut.png", bytes_of("png")[:900], "truncated"),
-    ("cut.webp", bytes_of("webp")[:300], ""),
-    ("crc.png", bytes_of("png").replace(b"IDAT", b"IDAX", 1), ""),
+    ("cut.png", packed("png")[:900], "truncated"),
+    ("cut.webp", packed("webp")[:300], ""),
+    ("crc.png", packed("png").replace(b"IDAT", b"IDAX", 1), ""),
     ("too_large.png", packed("png", Image.new("RGB", (100, 100))), "exceeds limit"),
     ("float.tif", packed("tiff", Image.fromarray(RAMP.astype(np.float32))), "32-bit"),
     ("negative.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) - 800)), "32-bit"),
     ("wide.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) + 70_000)), "32-bit"),
     ("moving.webp", animation("webp"), None),
     ("really_a_gif.png", animation("gif"), None),
-    *((name, bytes_of("png"), None) for name in (
+    *((name, packed("png"), None) for name in (
         "UPPER.PNG", "comma, 'quotes\".png", "new\nline.png", "-flag.png", "\u6587\u5b57.png",
         os.fsdecode(b"latin\xe9.png"), "linked/a.jfif", "b.pgm", "c.GIF",
     )),
-    ("turned.jpg", bytes_of("jpeg", exif=EXIF), None),
-    ("long_notes.png", bytes_of("png", pnginfo=NOTES), None),
-    ("cut_exif.png", bytes_of("png", exif=b"Exif\0\0MM\0*\0\0"), None),
+    ("turned.jpg", packed("jpeg", exif=EXIF), None),
+    ("long_notes.png", packed("png", pnginfo=NOTES), None),
+    ("cut_exif.png", packed("png", exif=b"Exif\0\0MM\0*\0\0"), None),
 ]  # fmt: skip
 
 
