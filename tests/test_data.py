@@ -144,6 +144,25 @@ def test_advice_names_what_is_there(tmp_path):
         assert data.categories_of(folder(None), tmp_path / place) == [expected]
 
 
+def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        draw(tmp_path / "parts" / f"{i:02}.png", rng)
+    config = folder(None)
+    category = data.load(config, tmp_path / "parts")
+    assert (category.name, len(category.train), len(category.calibration)) == ("parts", 14, 10)
+    assert len(category.test) == 0 and data.image_hashes(config, tmp_path / "parts")
+    (tmp_path / "linked").symlink_to(tmp_path / "parts")  # a link gives its own name
+    assert data.load(config, tmp_path / "linked").name == "linked"
+    # A test/ beside them is evaluated, and train/good goes before what lies beside it
+    for kind in ("good", "scratch"):
+        draw(tmp_path / "parts" / "test" / kind / "a.png", rng)
+    assert data.load(config, tmp_path / "parts").test_defects == ["good", "scratch"]
+    for i in range(20):
+        draw(tmp_path / "parts" / "train" / "good" / f"{i:02}.png", rng)
+    assert len(data.load(config, tmp_path / "parts").train) == 10
+
+
 def test_a_mask_belongs_to_the_test_images_and_other_sets_have_no_hashes(tmp_path):
     parts = draw_category(tmp_path / "parts")
     before = data.image_hashes(folder(), tmp_path)
@@ -233,26 +252,3 @@ def test_the_scale_lets_normal_images_fill_the_range():
     # Of large images some pixels, by which the scale is the same
     large = pixels[:, :, :, None, :, None].expand(-1, -1, -1, 4, -1, 4).reshape(50, 3, 128, 128)
     assert fitted_scale(large) == pytest.approx(fitted_scale(pixels), rel=0.02)
-
-
-def test_a_plain_folder_of_good_images_is_trained_on(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        draw(tmp_path / "parts" / f"{i:02}.png", rng)
-    config = folder(None)
-    category = data.load(config, tmp_path / "parts")
-    assert (category.name, len(category.train), len(category.calibration)) == ("parts", 14, 10)
-    assert len(category.test) == 0 and data.image_hashes(config, tmp_path / "parts")
-    named = data.load(config.replace(category="parts"), tmp_path)
-    assert torch.equal(named.train, category.train)
-    (tmp_path / "linked").symlink_to(tmp_path / "parts")  # a link gives its own name
-    assert data.load(config, tmp_path / "linked").name == "linked"
-    # A test/ beside them is evaluated, and train/good goes before what lies beside it
-    for kind in ("good", "scratch"):
-        draw(tmp_path / "parts" / "test" / kind / "a.png", rng)
-    assert data.load(config, tmp_path / "parts").test_defects == ["good", "scratch"]
-    for i in range(20):
-        draw(tmp_path / "parts" / "train" / "good" / f"{i:02}.png", rng)
-    assert len(data.load(config, tmp_path / "parts").train) == 10
-    with pytest.raises(UserError, match="no folder"):
-        data.load(resolve({"category": "bottle"}), tmp_path / "parts" / "test")
