@@ -91,9 +91,7 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     assert "svg" in page.tags and "table" in page.tags
     assert not [s for s in page.sources if s.startswith("data:image/jpeg")]
     # Weights, but not the images
-    shutil.rmtree(tmp_path / "runs")
-    shutil.copytree(root / "runs", tmp_path / "runs")
-    page = written(script, tmp_path, "--data-root", tmp_path / "nowhere")
+    page = written(script, root, "--data-root", tmp_path / "nowhere")
     assert "no folder" in page.text and SENTENCE not in page.text
 
 
