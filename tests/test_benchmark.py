@@ -50,9 +50,6 @@ def test_two_benchmarks_share_the_work_and_the_table(script, fifteen, tmp_path):
     assert serial == shared and len(serial) == 6
 
 
-# ablate.py
-
-
 def ablation_words(parts, tmp_path, *more):
     recipe = tmp_path / "recipe.json"
     values = {"dataset": "folder", **TINY, "corrupted": 0.5, "comparator_width": 3}

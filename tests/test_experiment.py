@@ -51,9 +51,6 @@ def markdown_of(*args, **more) -> str:
     return markdown(results_page(*args, **more))
 
 
-# Tables
-
-
 def test_means_of_the_fifteen_with_and_without_screw():
     runs = [run_metrics(name, auroc=i / 20) for i, name in enumerate(MVTEC)]
     rows = rows_of(runs)
@@ -131,9 +128,6 @@ def test_false_alarms_that_cannot_be_promised_are_told():
     for quantile, needed in ((0.95, 19), (0.9, 9), (0.99, 99), (0.999, 999), (2 / 3, 2)):
         assert "asked" not in results.promise(needed, quantile)
         assert f"needs {needed}" in results.promise(needed - 1, quantile)
-
-
-# From the folders of runs
 
 
 @pytest.mark.parametrize("text", ("", "[]", '{"seed": 1}', "[" * 100_000), ids=range(4))

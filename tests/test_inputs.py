@@ -171,9 +171,6 @@ def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(tmp_path, said,
     assert f"a_bar/000.png ({reason}" in err
 
 
-# Images that are left out
-
-
 def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
     root = draw_category(tmp_path / "parts", n_bad=3)
     add_masks(root)
