@@ -144,15 +144,12 @@ def test_a_damaged_run_is_made_whole_or_refused(
         assert line in refusal(answer)
 
 
-def flat(level: int) -> np.ndarray:
-    return np.full((40, 40, 3), level, np.uint8)
-
-
+BLACK = np.zeros((40, 40, 3), np.uint8)
 # Images to train on, good and defective ones to test
 ODD_SETS = {
-    "all black": ([flat(0)] * 24, [flat(0)] * 4, [flat(0)] * 4),
+    "all black": ([BLACK] * 24, [BLACK] * 4, [BLACK] * 4),
     "identical": ([noise(0)] * 24, [noise(0)] * 4, [noise(i) for i in range(1, 5)]),
-    "one of each": ([noise(i) for i in range(24)], [noise(30)], [flat(0)]),
+    "one of each": ([noise(i) for i in range(24)], [noise(30)], [BLACK]),
 }
 OURS = (
     "--normalise=exposure --corrupted=.5 --comparator-width=4 --score=small_or_large --tta".split()
