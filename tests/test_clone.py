@@ -179,7 +179,6 @@ def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fift
 def test_make_refuses_a_variable_that_it_does_not_know():
     for words, name in (
         (["train", "category=bottle"], "category"),
-        (["train", "CATEGORIES=bottle screw"], "CATEGORIES"),
         (["evaluate", "RECIPE=paper"], "RECIPE"),
         (["test", "EXPERIMENT=x"], "EXPERIMENT"),
     ):

@@ -54,7 +54,6 @@ def test_predict_gives_the_scores_of_the_run(predict, parts, trained):
         assert float(row["threshold"]) == pytest.approx(threshold, rel=1e-5)
         above = float(row["score"]) > threshold
         assert row["verdict"] == ("defective" if above else "normal")
-        assert above == (float(row["p_value"]) <= 1 / 11)  # ten held out: the largest of them
     # Another score of the same model
     code, rows, _ = predict(parts / "parts/test", "--score", "contextual")
     contextual = [float(known["contextual"]) for known in recorded]
@@ -290,7 +289,6 @@ def test_an_output_goes_through_links_and_pipes(script, finished, parts, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_under_standard_output_is_one_line(trained, parts):
     words = ["--model", folder_of(trained) / "model.pt", "--images", parts / "parts" / "test"]
     with open("/dev/full", "w") as full:

@@ -365,6 +365,7 @@ def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
     assert torch.equal(defective, scores > detector.threshold)
     assert torch.equal(p, p_values(detector.normal, scores))
     assert all(map(torch.equal, detector(list(map(str, paths))), (scores, p, defective)))
+    assert detector(str(paths[0])).scores.shape == (1,)  # not letter by letter
     for wrong in (pixels.float(), pixels[:, :1], pixels[..., :16], pixels[0]):
         with pytest.raises(ValueError, match=r"uint8 of \(N, 3, 32, 32\) is needed"):
             detector(wrong)
