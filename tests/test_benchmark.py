@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ganomaly.config import Config
+from ganomaly.config import load
 
 from .conftest import (
     ROOT,
@@ -115,10 +115,7 @@ def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_pat
 
 def test_every_ablation_changes_the_recipe_and_none_twice_alike():
     ablate = load_script("ablate")
-    recipe = Config(
-        dataset="folder", amp="bf16", corrupted=0.5, comparator_width=16, normalise="exposure",
-        score="calibrated", tta=True,
-    )  # fmt: skip
+    recipe = load(ROOT / "experiments/calibrated/config.json")
     configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]
     assert configs[0] == recipe and len(set(configs)) == len(configs)
     assert len({ablate.slug(name) for name, _ in ablate.ABLATIONS}) == len(configs)
