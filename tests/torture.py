@@ -28,20 +28,6 @@ def train(*words, **more) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
 
 
-def workers_of(launcher: subprocess.Popen) -> list[int]:
-    """The benchmark processes that a launcher started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            words = path.with_name("cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher.pid and b"scripts/benchmark.py" in words[:3]:
-            found.append(int(path.parent.name))
-    return found
-
-
 def assert_same(whole: Path, killed: Path) -> None:
     """Runs of one experiment in two places: the same bytes, and nothing left behind."""
     for run in sorted(whole.glob("*/seed*")):
@@ -84,21 +70,22 @@ def test_a_run_that_dies_at_any_of_its_writes_ends_in_the_same_bytes(root, tmp_p
 
 
 def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
-    which = ["--experiment=x", "--seeds", "1", "2", "--data-root", root, *TINY_FLAGS, *ROOMY]
-    script = ["scripts/benchmark.py", *which, "--experiments-dir"]
-    whole = [sys.executable, *script, tmp_path / "whole", "--categories", "bottle", "cable", "pill"]
+    which = ["--experiment=x", "--seeds", "1", "2", "--categories", "bottle", "cable", "pill"]
+    where = ["--data-root", root, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
+    script = ["scripts/benchmark.py", *which, *where]
+    whole = [sys.executable, *script, tmp_path / "whole"]
     subprocess.run(whole, check=True, capture_output=True, cwd=ROOT)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     process = subprocess.Popen(
-        [sys.executable, *launch, "--max-restarts=3", *script, tmp_path / "shared",
-         "--categories", "bottle", "cable", "pill"],
+        [sys.executable, *launch, "--max-restarts=3", *script, tmp_path / "shared"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while not list((tmp_path / "shared").glob("x/*/seed*/last.pt")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "going on from step" in out, out
     assert results_of(tmp_path / "whole" / "x") == results_of(tmp_path / "shared" / "x")
