@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TINY_FLAGS, committed, draw_category, load_script, train
+from .conftest import ROOT, TINY_FLAGS, committed, load_script, train
 
 pytestmark = pytest.mark.slow
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -35,6 +35,13 @@ def cloned(folder: Path) -> Path:
     git("init", "-q", cwd=folder)
     git("add", "-A", cwd=folder)
     git("commit", "-q", "-m", "as in the working tree", cwd=folder)
+    return folder
+
+
+def cloned_with_images(folder: Path, fifteen: Path) -> Path:
+    """A clone with MVTec AD's categories where `make download` puts them; git ignores data/."""
+    (cloned(folder) / "data").mkdir()
+    (folder / "data/mvtec").symlink_to(fifteen)
     return folder
 
 
@@ -72,23 +79,22 @@ def commands() -> list[str]:
     return list(dict.fromkeys(" ".join(command.split()) for command in found))
 
 
-def runnable(command: str, fifteen: Path) -> list[str]:
+def runnable(command: str) -> list[str]:
     """The words of a command, with drawn images for its folder, as a dry run where it trains."""
     target, *words = shlex.split(command)[1:]
     given = dict(word.split("=", 1) for word in words)
     if target in TRAINS:
         given["ARGS"] = f"{given.get('ARGS', '')} --dry-run".strip()
         given.pop("WORKERS", None)  # a launcher's start takes longer than all others together
-        if given.get("CATEGORY") != "parts":
-            given["DATA_ROOT"] = str(fifteen)
+        if "DATA_ROOT" in given:
+            given["DATA_ROOT"] = "data/mvtec"
         if "solar_cells" in given.get("CATEGORIES", ""):
             given["CATEGORIES"] = "bottle screw"  # the drawn ones have MVTec AD's names
     return [target, *(f"{name}={value}" for name, value in given.items())]
 
 
 def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path):
-    clone = cloned(tmp_path / "clone")
-    draw_category(clone / "data" / "mvtec" / "bottle", n_train=20)  # git ignores data/
+    clone = cloned_with_images(tmp_path / "clone", fifteen)
     text = (clone / "README.md").read_text(encoding="utf-8")
     drawing = re.search(r"^    .venv/bin/python - <<'END'\n(.*?)^    END$", text, re.M | re.S)[1]
     subprocess.run([sys.executable, "-c", textwrap.dedent(drawing)], cwd=clone, check=True)
@@ -102,7 +108,7 @@ def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path
             done = make(clone, ["-n", *shlex.split(command)[1:]])
             assert done.returncode == 0, (command, done.stderr)
         else:
-            (dry if target in TRAINS else rest).append(runnable(command, fifteen))
+            (dry if target in TRAINS else rest).append(runnable(command))
     dry = [list(words) for words in dict.fromkeys(map(tuple, dry))]
     assert all("would" in out or "train" in out for out in made(clone, dry))
     # What the others take: finished runs
@@ -116,12 +122,11 @@ def test_every_command_of_the_readmes_runs_in_a_pristine_clone(fifteen, tmp_path
 
 
 def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_path):
-    clone = cloned(tmp_path / "clone")
+    clone = cloned_with_images(tmp_path / "clone", fifteen)
     small = f"ARGS={shlex.join(flag for flag in TINY_FLAGS if '--amp' not in flag)}"
-    where = [f"DATA_ROOT={fifteen}", small]
     runs = (["benchmark"], ["ablate", "CATEGORIES=bottle"], ["train", "CATEGORY=bottle"])
     local = clone / "experiments" / "local"
-    table, ablated, trained = made(clone, [[*run, *where] for run in runs])
+    table, ablated, trained = made(clone, [[*run, small] for run in runs])
     assert "| Mean without screw |" in table
     assert "made with another config: image_size (64 there, 32 asked)" in table
     assert "| no encoder loss |" in ablated and "bottle seed 42: " in trained
@@ -130,7 +135,7 @@ def test_the_cards_commands_run_bare_and_touch_no_committed_file(fifteen, tmp_pa
     ablations = list(local.glob("ablations-calibrated/*/bottle/seed42/model.pt"))
     assert len(ablations) == len(load_script("ablate").ABLATIONS)
     # The user's table is what was asked for, whatever else is in the folder
-    (some,) = made(clone, [["benchmark", "CATEGORIES=tile wood", *where]])
+    (some,) = made(clone, [["benchmark", "CATEGORIES=tile wood", small]])
     assert some.count("(done before)") == 2
     assert "| Mean of 2 |" in some and "| bottle |" not in some
 
@@ -158,9 +163,9 @@ def discriminator('''
 
 
 def test_the_suite_passes_after_the_readmes_recipes_and_beside_a_users_runs(fifteen, tmp_path):
-    clone = cloned(tmp_path / "clone")
+    clone = cloned_with_images(tmp_path / "clone", fifteen)
     apply_recipes(clone)
-    words = [f"DATA_ROOT={fifteen}", f"ARGS={' '.join(TINY_FLAGS)} --w-edges 3"]
+    words = [f"ARGS={' '.join(TINY_FLAGS)} --w-edges 3"]
     runs = (["train", "CATEGORY=bottle"], ["benchmark", "CATEGORIES=bottle", "EXPERIMENT=edges"])
     made(clone, [[*run, *words] for run in runs])
     words[-1] += " --only base slow"

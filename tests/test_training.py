@@ -123,7 +123,6 @@ def test_losses_are_means_in_float32_whatever_comes_in():
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(amp):
     whole, config = Memory(), FULL.replace(amp=amp, checkpoint_every=4)
     expected = train(config, PIXELS, CPU, whole)
-    assert expected.images_per_second == pytest.approx(6 * 4 / expected.seconds)
     for step in (4, 6):  # the last one is not trained further
         assert same(expected, train(config, PIXELS, CPU, Memory(whole.saved[step])))
     changes = dict(steps=110, checkpoint_every=60, w_adv=2.0, w_con=3.0, w_enc=4.0)
