@@ -106,6 +106,11 @@ def test_sixteen_bits_after_eight_are_told(tmp_path, trained, capsys):
     assert "1 of 1 images have 16 bits, the training images have 8" in capsys.readouterr().err
 
 
+def test_a_colour_of_the_lab_space_is_no_alpha_channel(tmp_path):
+    Image.new("LAB", (40, 40)).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif", 32, 3)[1].notes == ()
+
+
 # Masks
 
 
@@ -169,7 +174,7 @@ def test_a_mask_that_cannot_be_right_is_told_and_gives_no_figure(tmp_path, said,
     assert f"a_bar/000.png ({reason}" in err
 
 
-def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
+def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said, monkeypatch):
     root = draw_category(tmp_path / "parts", n_bad=3)
     add_masks(root)
     for top in ("train/good", "test/a_bar", "ground_truth/a_bar"):
@@ -186,12 +191,22 @@ def test_sub_folders_are_read_and_what_is_left_out_is_told(tmp_path, said):
     for path in ("train/good/x.HEIC", "train/good/._000.png", "train/good/Thumbs.db", "test/a.txt"):
         (root / path).write_text("x")
     (root / "test" / "empty").mkdir()
+    (good / "day3").mkdir()
+    scandir = os.scandir
+
+    def closed(place):
+        if os.path.basename(place) == "day3":
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read every folder
     category, err = said(tmp_path)
     assert (len(category.train) + len(category.calibration), len(category.test)) == (24, 11)
     assert category.test_defects.count("a_bar") == 3 and category.test_masks is not None
     assert "test/a_bar/day2/000.png" in category.test_paths
     assert set(category.test_defects) == {"a_bar", "good"}
-    assert "2 in test, 1 .heic (convert them to png)" in err and "1 in validation/good" in err
+    reasons = "folder train/good/day3 that cannot be read", ".heic (convert them to png)"
+    assert f"2 in test, {', '.join(f'1 {reason}' for reason in reasons)}, 1 in validation" in err
     assert "eaDir" not in err and "MACOSX" not in err
 
 

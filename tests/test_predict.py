@@ -1,6 +1,7 @@
 """predict.py and export.py, and what --output may be."""
 
 import csv
+import errno
 import fcntl
 import io
 import os
@@ -270,7 +271,9 @@ def test_an_output_spares_the_inputs(script, finished, parts, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("command", ["predict", "report"])
-def test_an_output_goes_through_links_and_pipes(script, finished, parts, tmp_path, command):
+def test_an_output_goes_through_links_and_pipes_and_is_whole(
+    script, finished, parts, tmp_path, command, monkeypatch
+):
     words = {
         "predict": ["--model", finished / "model.pt", "--images", parts / "parts/test"],
         "report": ["--experiments-dir", tmp_path, "--experiment", "local"],
@@ -285,6 +288,13 @@ def test_an_output_goes_through_links_and_pipes(script, finished, parts, tmp_pat
         reader = subprocess.Popen(["timeout", "30", "cat", fifo], stdout=file)
     printed(script(command, *words, "--output", fifo))
     assert fifo.is_fifo() and reader.wait() == 0
+    assert target.read_bytes() == read.read_bytes()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert f"{target}: No space left" in refusal(script(command, *words, "--output", target))
     assert target.read_bytes() == read.read_bytes()
 
 
