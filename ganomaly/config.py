@@ -65,17 +65,17 @@ class Config:
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
     comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
     corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
-    batch_size: int = knob(16, "images a step", low=1, high=65_536)
+    batch_size: int = knob(16, "images per step", low=1, high=65_536)
     steps: int = knob(3000, "training steps, the same for every category", low=1, high=10**9)
-    lr: float = knob(2e-4, "Adam's learning rate, both networks", above=0, high=1)
-    beta1: float = knob(0.5, "Adam's beta1, both networks", low=0, below=1)
+    lr: float = knob(2e-4, "Adam's learning rate of generator and discriminator", above=0, high=1)
+    beta1: float = knob(0.5, "Adam's beta1 of generator and discriminator", low=0, below=1)
     ema_decay: float = knob(0.99, "decay of the averaged weights; 0: the last ones", low=0, below=1)
     w_adv: float = knob(1.0, "weight of the adversarial (feature matching) loss", low=0, high=1e6)
     w_con: float = knob(50.0, "weight of the contextual loss", low=0, high=1e6)
     w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
     amp: str = knob(
         "auto",
-        "precision; auto: bf16 where the device has it, else fp16 on CUDA",
+        "precision; auto: bf16 if the device has it, else fp16 on CUDA, fp32 on a CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)

@@ -53,7 +53,7 @@ class Corruption:
     def moved(self, images: Tensor, reach: float) -> Tensor:
         """Masks or pieces to paste: transposed, mirrored, rolled by up to reach * S pixels.
 
-        Each of (B, C, S, S) by numbers of its own. What leaves at one side enters at the other.
+        Each image has its own random numbers. What leaves at one side enters at the other.
         """
         n, size = len(images), images.shape[-1]
         images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))

@@ -137,8 +137,8 @@ class Detector:
     def __call__(self, images: Tensor | np.ndarray | str | Path | Sequence[str | Path]) -> Verdicts:
         """Verdicts on uint8 images (N, C, S, S), or on image files (one or several) of any size.
 
-        A tensor has the channels in the order RGB. It was reduced by a filter that averages, as
-        Pillow's BILINEAR does for files. One that leaves pixels out changes the verdicts.
+        A tensor has its channels in the order RGB. Reduce images by a filter that averages, as
+        Pillow's BILINEAR does for files. A filter that leaves pixels out changes the verdicts.
         UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config

@@ -84,7 +84,7 @@ def guard(main, argv: list[str] | None = None) -> int:
     """Run a script's main(argv); returns its exit code.
 
     0 done, 1 done in part, 2 refused, 130 interrupted by Ctrl-C. Under torchrun 0 also stands for
-    1 and 2, as it would start the processes again in vain.
+    1 and 2: torchrun would start the processes again, which does not help here.
     """
     threading.excepthook = quiet
     open_streams()

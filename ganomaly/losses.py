@@ -1,4 +1,4 @@
-"""The paper's losses (arXiv 1805.06725, section 3.3), each headed by its formula.
+"""The paper's losses (arXiv 1805.06725, section 3.3) and the comparator's, each with its formula.
 
 All take any floating type and return a float32 scalar, because half precision is too coarse for
 sums over thousands of pixels.

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,19 +27,20 @@ def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[list[Path]]:
     files in a folder 1, as MVTec LOCO has. Any suffix is taken. `masks` is another name for
     ground_truth.
     """
-    found: tuple[dict[str, list[Path]], ...] = ({}, {}, {})
+    marked, named, inside = (defaultdict(list) for _ in range(3))
     for root in MASK_FOLDERS:
         for path in image_files(folder / root):
             name = path.relative_to(folder / root).with_suffix("").as_posix().casefold()
             short = MASK_ENDING.sub("", name)
-            for names, key in zip(found, (short, name, os.path.dirname(name))):
-                if key != name or names is found[1]:
-                    names.setdefault(key, []).append(path)
+            if short != name:
+                marked[short].append(path)
+            named[name].append(path)
+            inside[os.path.dirname(name)].append(path)
     result: list[list[Path]] = []
     for path, defect in test:
         key = path.relative_to(folder / "test").with_suffix("").as_posix().casefold()
-        masks = [names[key] for names in found if key in names and defect != "good"]
-        result.append(masks[0] if masks else [])
+        masks = marked.get(key) or named.get(key) or inside.get(key) or []
+        result.append([] if defect == "good" else masks)
     return result
 
 

@@ -112,12 +112,12 @@ class Discriminator(Encoder):
 
 
 class Comparator(nn.Module):
-    """x and x_hat, each (B, channels, S, S) -> logits (B, S, S): is this pixel corrupted?
+    """Images x and x_hat (B, channels, S, S) -> logits (B, S, S): is this pixel corrupted?
 
     A small U-Net (Ronneberger et al. 2015) with maps from S/2 down to 8x8. It is a smaller version
-    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). It sees x - x_hat and not the
-    images, as else it learns the training images by heart. Each 2x2 square of its input and output
-    becomes four channels. Layers at full size would take half of its time.
+    of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021). It sees only x - x_hat.
+    From the images it would learn the training set by heart. Each 2x2 square of its input and
+    output becomes four channels. Layers at full size would take half of its time.
     """
 
     def __init__(self, config: Config):

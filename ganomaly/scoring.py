@@ -93,8 +93,8 @@ def highest(m: Tensor, share: float) -> Tensor:
 
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
-SMALL = ("residual", "gradient", "comparator")  # scores of small defects, and parts of heat maps
-STANDARDISED = (*SMALL, "residual_wide")  # scores that are combined after standardising
+PARTS = ("residual", "gradient", "comparator")  # of the score `calibrated` and of heat maps
+STANDARDISED = (*PARTS, "residual_wide")  # scores that are combined after standardising
 
 # Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
 # paper prints `latent_l1`.
@@ -114,7 +114,7 @@ MAP_SCORES = {
 
 
 class Measured(NamedTuple):
-    """What scores and heat maps are made of. It can be averaged over copies of the same images."""
+    """Maps, plain scores and gaps of a batch; copies of the same images can be averaged."""
 
     maps: dict[str, Tensor]  # of MAPS: (B, S, S)
     plain: dict[str, Tensor]  # PLAIN_SCORES: (B,)
@@ -190,7 +190,7 @@ def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
 
 FITTED_SCORES = {
     "latent_whitened": lambda raw, fitted: whitened(raw.gaps, fitted.mean, fitted.precision),
-    "calibrated": lambda raw, fitted: mean_z(raw.scores, fitted, SMALL),
+    "calibrated": lambda raw, fitted: mean_z(raw.scores, fitted, PARTS),
     "small_or_large": small_or_large,
 }
 SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
@@ -203,12 +203,12 @@ def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tens
 
 
 def heat_map(m: Measured, statistics: Statistics) -> Tensor:
-    """Anomaly of every pixel: (B, S, S), the mean of the maps SMALL on the scale of their scores.
+    """Anomaly of every pixel: (B, S, S), the mean of the maps PARTS on the scale of their scores.
 
     0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
     same for all images, so their heat maps can be compared.
     """
-    return mean_z(m.maps, statistics, SMALL)
+    return mean_z(m.maps, statistics, PARTS)
 
 
 def fit(raw: Raw) -> Statistics:
@@ -244,7 +244,7 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
 
 
 def threshold_at(normal: Tensor, quantile: float) -> float:
-    """A threshold; share_above is the expected share of normal images above it.
+    """The threshold of a quantile; share_above() is the expected share of normal images above it.
 
     normal: (n,) scores of normal images that neither training nor the statistics have seen. The
     threshold is the score of rank ceil((n + 1) quantile); at most 1 - quantile is expected above

@@ -47,8 +47,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     a weight is not finite. The last checkpoint stays.
     """
     # Networks, optimisers, data. One random stream serves initialisation and batches. Comparator
-    # and corruption have their own, so that the generator starts alike with and without them. Their
-    # seeds differ in one bit each, of the 32 that a generator on the CPU keeps
+    # and corruption have their own, so that the generator starts alike with and without them. Each
+    # of their seeds flips one bit. A generator on the CPU keeps only 32 bits
     rng = torch.Generator().manual_seed(config.seed)
     rng_c = torch.Generator().manual_seed(config.seed ^ (1 << 31))
     networks = build(config)
@@ -104,8 +104,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. A CUDA
         # graph may record this function: no random numbers, no .item(), tensors change in place.
-        # One forward pass serves both updates, so each uses the other's weights of before the step,
-        # as in the released code. BatchNorm statistics are updated once a step
+        # One forward pass serves both updates, so each uses the other's weights as they were before
+        # the step, as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
             z, x_hat, z_hat = generator(x_in)
             real, f = discriminator(x)

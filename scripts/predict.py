@@ -3,8 +3,8 @@
 An image is called defective when its score is above the threshold, which held-out normal images
 set; the p-value is the share of normal images that score as high. An image that cannot be read is
 a row with the reason, and the exit code is 1. Rows are written as images are scored, into
-FILE.part until all are there; its last column tells a file that was changed or replaced since.
-After an interruption the same command goes on from there.
+FILE.part until all are there. Its last column tells whether the model or an image has changed
+since. After an interruption the same command goes on from there.
 """
 
 import contextlib
@@ -90,7 +90,10 @@ def main(argv=None) -> int:
 
 @contextlib.contextmanager
 def open_rows(args, items: list[Item], detector: Detector):
-    """Yield the rows that an interrupted run has written, and a function that writes more."""
+    """Yield the rows that an interrupted run has written, and a function that writes more.
+
+    The caller adds to the rows what it writes. At the end they become the output file.
+    """
     output, part, rows = args.output, None, []
     if output is None:
         opened = contextlib.nullcontext(sys.stdout)
@@ -130,7 +133,7 @@ def open_rows(args, items: list[Item], detector: Detector):
 
 
 def version_of(*files: str | Path) -> str:
-    """Another text if one of the files is another one, was changed, or is gone."""
+    """A text that changes when one of the files is changed, replaced or removed."""
     states = (os.stat(file) if os.path.exists(file) else None for file in files)
     return " ".join(f"{s.st_dev}-{s.st_ino}-{s.st_ctime_ns}" if s else "none" for s in states)
 

@@ -221,7 +221,7 @@ def profile(args, folder: Path) -> None:
 
 
 def images_per_second(words: list[str]) -> float:
-    """What a training prints on its last line."""
+    """Run the command of a training; the images_per_second of its last line."""
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=ROOT)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]

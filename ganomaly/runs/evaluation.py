@@ -14,8 +14,8 @@ from ganomaly.runs.results import EMPTY, LOOK_IMAGES
 from ganomaly.runs.run import Run
 from ganomaly.scoring import Outputs
 
-# Limits of the images of one pass and of the PCA's, to save memory. At least 82: where every second
-# image is taken, 41 are left, and a PCA of 40 components needs 41.
+# Limits of the images of one pass and of the PCA's, to save memory. Every k-th image is taken.
+# A PCA of 40 components needs 41 images, which are every second one of 82.
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 
 
@@ -99,8 +99,9 @@ def look(
 ) -> tuple[dict[str, float], Outputs]:
     """Look at networks in the middle of training.
 
-    Returns the AUROC of every score, on up to LOOK_IMAGES test images of a kind (none: empty), and
-    the outputs of up to eight held-out images. Without test-time augmentation, to save time.
+    Returns the AUROC of every score, on up to LOOK_IMAGES test images of a kind, and the outputs of
+    up to eight held-out images. Without test images there is no AUROC. Test-time augmentation is
+    left out, to save time.
     """
     detector = Detector(networks, config.replace(tta=False), device, scale)
     outputs = detector.outputs(category.calibration[:8])

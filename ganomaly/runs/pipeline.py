@@ -180,14 +180,16 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     if before["auroc"] is not None and not len(category.test):
         raise UserError(f"{run.folder}: its test images are gone; the figures stay as they are")
     # Scores that are newer than the model, or of another formula now, are calibrated again
-    if changed_code(before["provenance"].get("code")):
+    other_code = changed_code(before["provenance"].get("code"))
+    if other_code:
         detector.calibrate(category.calibration)
-        write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
     if score not in (None, config.score):
         detector.set_quantile(config.quantile, score)
         return evaluation.assess(detector, category, training)
+    if other_code:
+        write_torch(run.path("model.pt"), detector.state())
     metrics = evaluation.assess(detector, category, training, run)
     if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
         run.path("curve.csv").unlink(missing_ok=True)

@@ -99,8 +99,8 @@ def score_columns(rows: Iterable[dict]) -> list[str]:
 def mean_rows(rows: list[dict]) -> list[dict]:
     """A mean per seed over the evaluated categories, with and without screw.
 
-    `Mean` is over a data set's whole list of categories. If some are missing, or if there are more
-    than those, `Mean of k` is over the k that are there. A mean of one row is that row: left out.
+    `Mean` is over a data set's whole list of categories. If some are missing, or if there are
+    others too, `Mean of k` is over the k that are there. A mean of one row is that row: left out.
     """
     means = []
     evaluated = [row for row in rows if row["auroc"] is not None]
