@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli, data
-from ganomaly.config import resolve
+from ganomaly.config import FOLDERS, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, flag, guard
 from ganomaly.files import write_atomic
@@ -37,7 +37,7 @@ def main(argv=None) -> int:
 
     categories = cli.asked_categories(args) or data.categories_of(base, args.data_root)
     missing = {}  # in a dry run, images that would be downloaded are not missing
-    if not (args.dry_run and args.download and base.dataset in ("mnist", "cifar10")):
+    if not (args.dry_run and args.download and base.dataset not in FOLDERS):
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and (not args.skip_missing or len(missing) == len(categories)):
         data.refuse_missing(missing, categories, f"; {flag('--skip-missing')} does the others")
