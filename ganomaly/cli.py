@@ -118,7 +118,7 @@ def experiment_folder(args: argparse.Namespace) -> Path:
     stands for the recipe's name.
     """
     name = args.experiment.rstrip("/").removeprefix(f"{args.experiments_dir.name}/")
-    if "<recipe>" in name:
+    if vars(args).get("recipe"):
         name = name.replace("<recipe>", recipe_name(args))
     if not all(is_name(part) for part in name.split("/")):
         raise UserError(f"--experiment {name!r} is not a plain folder name")

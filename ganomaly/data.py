@@ -40,6 +40,10 @@ HINTS = {
 }
 
 
+class Missing(UserError):
+    """The images of a category are not there."""
+
+
 @dataclass(frozen=True)
 class Category:
     """Images (N, C, S, S) in uint8. Without test images, test has length 0."""
@@ -92,9 +96,11 @@ def category_folder(config: Config, data_root: Path | None) -> Path | None:
     hint = HINTS[config.dataset]
     if is_category(root):
         hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
-    elif there := categories_in(root):
+    elif (there := categories_in(root)) and config.dataset == "mvtec" and not {*there} & {*MVTEC}:
+        hint = f"of {', '.join(there)}, which are there, take --dataset folder (DATASET=folder)"
+    elif there:
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
-    raise UserError(f"no folder {folder / 'train' / 'good'}; {hint}")
+    raise Missing(f"no folder {folder / 'train' / 'good'}; {hint}")
 
 
 def train_files(folder: Path) -> list[Path]:
@@ -129,10 +135,11 @@ def missing_categories(
     """The categories whose images are not there: name -> reason."""
     missing = {}
     for name in names:
+        one = config.replace(category=name)
         try:
-            if category_folder(config.replace(category=name), data_root) is None:
+            if category_folder(one, data_root) is None:
                 arrays(config.dataset, data_root, download)
-        except UserError as error:
+        except Missing as error:
             missing[name] = str(error)
     return missing
 
@@ -254,7 +261,7 @@ def arrays(dataset: str, data_root: Path | None, download: bool) -> tuple[np.nda
     except (RuntimeError, ValueError, EOFError, AssertionError, URLError) as error:
         # Not there, damaged or offline
         hint = "" if download else f"; {flag('--download')} fetches it"
-        raise UserError(f"no complete {dataset} in {root}{hint}{reason_of(error)}") from None
+        raise Missing(f"no complete {dataset} in {root}{hint}{reason_of(error)}") from None
     return np.concatenate([p.data for p in parts]), np.concatenate([p.targets for p in parts])
 
 

@@ -44,12 +44,12 @@ def lock(file: IO, message: str, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def path_in_error(path: Path):
-    """Name this path in an OSError: a failed write names none, and an open its temporary file."""
+    """Name this path in an OSError that names none, as of a failed write, or a temporary file."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
-            error.filename = str(path)  # not that of a temporary file
+        if error.errno is not None and str(error.filename or ".tmp").endswith(".tmp"):
+            error.filename = str(path)
         raise
 
 
@@ -76,11 +76,8 @@ def as_bytes(content: bytes | memoryview | str) -> bytes | memoryview:
 
 
 def write_output(path: Path, content: bytes | str) -> None:
-    """Write a file that a user named. A link stays a link; a pipe or a device is written to."""
-    path = Path(os.path.realpath(path))
-    if path.is_file() or not path.exists():
-        write_atomic(path, content)
-    else:
+    """Write a file that a user named, in place: it may be a link, a pipe or a device."""
+    with path_in_error(path):
         path.write_bytes(as_bytes(content))
 
 

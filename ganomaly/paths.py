@@ -59,7 +59,7 @@ def note_left_out(folder: Path, used: Iterable[str | Path]) -> None:
             reasons[f"in {os.path.relpath(os.path.dirname(path), folder)}"] += 1
     if reasons:
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(5))
-        text = f"{reasons.total()} images left out of {folder}: {counts}"
+        text = f"{reasons.total()} left out of {folder}: {counts}"
         print(f"note: {text}", file=sys.stderr)
 
 

@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     missing = {}  # in a dry run, images that would be downloaded are not missing
     if not (args.dry_run and args.download and base.dataset not in FOLDERS):
         missing = data.missing_categories(base, categories, args.data_root, args.download)
-    if missing and (not args.skip_missing or len(missing) == len(categories)):
+    if missing and (not args.skip_missing or len(missing) == len({*categories})):
         data.refuse_missing(missing, categories, f"; {flag('--skip-missing')} does the others")
     jobs = {}
     for seed in args.seeds or [base.seed]:
@@ -60,8 +60,7 @@ def main(argv=None) -> int:
     # Of a launcher's processes one prints the table; none gets here before all is done
     if finished and os.environ.get("RANK", "0") == "0":
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
-        results = experiment.read_results(folder)
-        results.runs = [m for m in results.runs if (m["category"], m["seed"]) in keys]
+        results = experiment.read_results(folder, only=keys)
         print(markdown(experiment.page_of(folder, results, recipe)))
         page = report_page(folder, args.data_root, device)
         write_atomic(folder / "report.html", page)

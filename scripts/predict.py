@@ -12,6 +12,7 @@ import csv
 import errno
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def main(argv=None) -> int:
     )
     cli.add_device_flag(parser)
     args = parser.parse_args(argv)
+    args.begun = time.time()
 
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
@@ -102,40 +104,43 @@ def open_rows(args, items: list[Item], detector: Detector):
     else:
         output = Path(os.path.realpath(output))  # a link stays a link
         part = output.with_name(f"{output.name}.part")
-        with path_in_error(part):
-            opened = open(part, "a+", **TEXT)
-    with opened as file:
+        opened = open(part, "a+", **TEXT)
+    with path_in_error(part or output or Path("standard output")), opened as file:
         writer = csv.writer(file, lineterminator="\n")
 
         def write(new: list) -> None:
-            with path_in_error(part or output or Path("standard output")):
-                new = [[*row, version_of(args.model, row[0])] for row in new] if part else new
-                writer.writerows(new)
-                file.flush()
+            if part:
+                new = [[*row, version_of(row[0], args)] for row in new]
+            writer.writerows(new)
+            file.flush()
 
         if part:
             lock(file, f"{part}: another process is writing to this file")
-            rows = rows_before(file, items, detector, args)
+            if file.tell():
+                rows = rows_before(file, items, detector, args)
+                text = f"going on after {len(rows)} of {len(items)} images; notes are on the others"
+                print(f"{part}: {text}", file=sys.stderr)
             file.truncate(0)
-        if rows:
-            text = f"going on after {len(rows)} of {len(items)} images; notes are on the others"
-            print(f"{part}: {text}", file=sys.stderr)
         write([HEADER, *rows])
         try:
             yield rows, write
+            if part:
+                write_atomic(output, csv_text(HEADER, rows))
+                part.unlink(missing_ok=True)
         except KeyboardInterrupt:
             if part is None:
                 raise
             raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
-        if part:
-            write_atomic(output, csv_text(HEADER, rows))
-            part.unlink()
 
 
-def version_of(*files: str | Path) -> str:
-    """A text that changes when one of the files is changed, replaced or removed."""
-    states = (os.stat(file) if os.path.exists(file) else None for file in files)
-    return " ".join(f"{s.st_dev}-{s.st_ino}-{s.st_ctime_ns}" if s else "none" for s in states)
+def version_of(image: str, args) -> str:
+    """A text that changes when the model or an image is changed, replaced or removed.
+
+    What has changed since this command began may have been read before. It has no version.
+    """
+    states = [os.stat(path) for path in (args.model, image) if os.path.exists(path)]
+    known = all(state.st_ctime < args.begun for state in states)
+    return " ".join(f"{s.st_ino}-{s.st_ctime_ns}" for s in states) if known else "changed"
 
 
 def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
@@ -151,7 +156,7 @@ def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
         return []
     threshold = f"{detector.threshold:.9g}"
     for (path, name), row in zip(items, rows):
-        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(args.model, path)]:
+        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(path, args)]:
             break
         if args.heatmaps and row[1] and not heatmap_of(args.heatmaps, name).exists():
             break
@@ -163,10 +168,11 @@ def check_heatmaps(folder: Path, places: list[str], items: list[Item]) -> None:
     """No heat map may take the place of an image or of another heat map, nor be scored as one."""
     paths: dict[Path, str] = {}
     real = Path(os.path.realpath(folder))
-    if any(
-        os.path.isdir(place) and real.is_relative_to(os.path.realpath(place)) for place in places
-    ):
-        raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
+    for place in map(os.path.realpath, filter(os.path.isdir, places)):
+        # Not in the place are "..", of a folder outside, and hidden folders, which nobody searches
+        outside = (part.startswith(".") for part in Path(os.path.relpath(real, place)).parts)
+        if real == Path(place) or not any(outside):
+            raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
     for path, name in items:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(real):

@@ -1,7 +1,6 @@
 """predict.py and export.py, and what --output may be."""
 
 import csv
-import errno
 import fcntl
 import io
 import os
@@ -108,6 +107,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     (heat / "a_bar" / "002.png").unlink()
     assert some(9)[0] == 0 and sum(scored) == 7
     some(3)
+    calibrated.touch()  # as if the model were another one
+    assert "going on after 0 of 9 images" in some(3)[2]
     # Another folder takes the place of the first images. Its files are older than the rows
     (tmp_path / "test/a_bar").rename(tmp_path / "old")
     (tmp_path / "test/good").rename(tmp_path / "test/a_bar")
@@ -271,9 +272,7 @@ def test_an_output_spares_the_inputs(script, finished, parts, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("command", ["predict", "report"])
-def test_an_output_goes_through_links_and_pipes_and_is_whole(
-    script, finished, parts, tmp_path, command, monkeypatch
-):
+def test_an_output_goes_through_links_and_pipes(script, finished, parts, tmp_path, command):
     words = {
         "predict": ["--model", finished / "model.pt", "--images", parts / "parts/test"],
         "report": ["--experiments-dir", tmp_path, "--experiment", "local"],
@@ -289,13 +288,7 @@ def test_an_output_goes_through_links_and_pipes_and_is_whole(
     printed(script(command, *words, "--output", fifo))
     assert fifo.is_fifo() and reader.wait() == 0
     assert target.read_bytes() == read.read_bytes()
-
-    def full(number):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert f"{target}: No space left" in refusal(script(command, *words, "--output", target))
-    assert target.read_bytes() == read.read_bytes()
+    assert "/dev/full: No space left" in refusal(script(command, *words, "--output", "/dev/full"))
 
 
 @pytest.mark.slow

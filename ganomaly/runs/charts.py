@@ -44,7 +44,8 @@ def line_chart(
     lines: list[tuple], title: str, names: tuple[str, str], left: float = 0.0, low: float = 0.0
 ) -> str:
     """lines: (x values, y values, attributes of the path); x from left, y from low to 1."""
-    right = max(float(max(x)) for x, *_ in lines)
+    right = max((float(max(x)) for x, *_ in lines), default=1)
+    span = (right - left) or 1.0
     texts = (
         ('x="4" y="-6"', escape(title)),
         (f'x="0" y="{H + 15}" text-anchor="start"', f"{left:.4g}"),
@@ -58,7 +59,7 @@ def line_chart(
     out += [f"<text {at}>{text}</text>" for at, text in texts]
     for x_values, y_values, attributes in lines:
         at = [
-            f"{(x - left) / (right - left) * W:.1f},{H - (y - low) / (1 - low) * H:.1f}"
+            f"{(x - left) / span * W:.1f},{H - (y - low) / (1 - low) * H:.1f}"
             for x, y in zip(x_values, y_values)
         ]
         out.append(f'<path {attributes} d="M{" ".join(at)}"/>')
@@ -72,7 +73,7 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     lines = [([threshold, threshold], [0, 1], "class=cut")]
     for label, kind in ((0, "good"), (1, "bad")):
         bars, edges = np.histogram(scores[labels == label].clip(low, high), BINS, (low, high))
-        heights = (bars / bars.max()).repeat(2)
+        heights = (bars / max(bars.max(), 1)).repeat(2)
         lines.append((edges.repeat(2)[1:-1], heights, f"class={kind}"))
     return line_chart(lines, title, ("score", "share of the highest bar"), left=edges[0])
 

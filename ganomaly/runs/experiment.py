@@ -1,7 +1,7 @@
 """An experiment's folder, experiments/<name>/: its recipe and the tables of its runs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +50,12 @@ class Results:
     curves: dict[str, list[Curve]]  # by category, one a seed
 
 
-def read_results(experiment: Path) -> Results:
-    """The finished runs of an experiment."""
+def read_results(experiment: Path, only: Collection[tuple[str, int]] | None = None) -> Results:
+    """The finished runs of an experiment, or those of them whose category and seed `only` has."""
     results, recipes = Results([], True, {}), []
     for run, metrics, config in runs_of(experiment):
+        if only is not None and (metrics["category"], metrics["seed"]) not in only:
+            continue
         results.runs.append(metrics)
         recipes.append(recipe_of(config))
         if curve := read_curve(run / "curve.csv"):

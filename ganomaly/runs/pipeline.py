@@ -177,8 +177,6 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     use_threads(config.threads)
     hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
-    if before["auroc"] is not None and not len(category.test):
-        raise UserError(f"{run.folder}: its test images are gone; the figures stay as they are")
     # Scores that are newer than the model, or of another formula now, are calibrated again
     other_code = changed_code(before["provenance"].get("code"))
     if other_code:

@@ -75,8 +75,10 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def csv_text(header: list[str], rows: Iterable[Iterable]) -> str:
     """A table as CSV; floats to six digits."""
     text = io.StringIO()
-    cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows]
-    csv.writer(text, lineterminator="\n").writerows([header, *cells])
+    cells = ([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(cells)
     return text.getvalue()
 
 
