@@ -1,8 +1,9 @@
 """Anomaly scores, maps of the anomaly, and their calibration on held-out normal images.
 
 A new score is one line in PLAIN_SCORES, in MAP_SCORES if it sums up a map of MAPS, or in
-FITTED_SCORES if it needs statistics of normal images. A new field of Statistics needs a default,
-so that older models can be read.
+FITTED_SCORES if it needs statistics of normal images. These are of scores or of z - z_hat; anything
+else needs a field in Measured and Raw. A new field of Statistics needs a default, so that older
+models can be read.
 """
 
 import math
