@@ -97,7 +97,7 @@ def category_folder(config: Config, data_root: Path | None) -> Path | None:
     if is_category(root):
         hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
     elif (there := categories_in(root)) and config.dataset == "mvtec" and not {*there} & {*MVTEC}:
-        hint = f"it has {', '.join(there)}; for them add --dataset folder (DATASET=folder)"
+        hint = f"{root} has {', '.join(there)}; for them add --dataset folder (DATASET=folder)"
     elif there:
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
     raise Missing(f"no folder {folder / 'train' / 'good'}; {hint}")
