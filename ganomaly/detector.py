@@ -170,11 +170,12 @@ class Detector:
         that diverged.
         """
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
+        parts = []
         with torch.autocast(self.device.type, enabled=False):  # a caller may have it on
-            outputs = (self.outputs(batch) for batch in bar)
-            networks, tta = self.scoring_networks, self.config.tta
-            measured = ((o, measured_by(networks, o, tta)) for o in outputs)
-            parts = [tree_map(Tensor.cpu, function(o, m)) for o, m in measured]
+            for batch in bar:
+                o = self.outputs(batch)
+                m = measured_by(self.scoring_networks, o, self.config.tta)
+                parts.append(tree_map(Tensor.cpu, function(o, m)))
         joined = tree_map(lambda *tensors: torch.cat(tensors), *parts)
         if not all(tensor.isfinite().all() for tensor in tree_leaves(joined)):
             raise UserError("a score is not finite: the training diverged, lower --lr")

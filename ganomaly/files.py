@@ -44,11 +44,11 @@ def lock(file: IO, message: str, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def path_in_error(path: Path):
-    """Name this path in an OSError that names none, as of a failed write, or a temporary file."""
+    """Name this path in an OSError that names none, as of a failed write."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and str(error.filename or ".tmp").endswith(".tmp"):
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
@@ -59,14 +59,15 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     # Random, as process numbers repeat in containers that share a file system
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with path_in_error(path):
-            with open(temporary, "wb") as file:
-                file.write(as_bytes(content))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
+        with open(temporary, "wb") as file:
+            file.write(as_bytes(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # not that of the temporary file
         raise
 
 

@@ -136,7 +136,7 @@ class Raw(NamedTuple):
     scores: dict[str, Tensor]  # name -> (N,) float32
     gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
-    def of(self, images: Tensor) -> "Raw":
+    def subset(self, images: Tensor) -> "Raw":
         return tree_map(lambda values: values[images], self)
 
 
@@ -236,7 +236,7 @@ def calibrate(raw: Raw, seed: int) -> Calibration:
     scores: dict[str, Tensor] = {}
     for fold in order.tensor_split(FOLDS):
         others = order[~torch.isin(order, fold)]
-        for name, values in all_scores(raw.of(fold), fit(raw.of(others))).items():
+        for name, values in all_scores(raw.subset(fold), fit(raw.subset(others))).items():
             scores.setdefault(name, torch.empty(n))[fold] = values
     return Calibration(fit(raw), {name: s.sort().values for name, s in scores.items()})
 

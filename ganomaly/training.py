@@ -183,8 +183,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                     f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
                     "the last checkpoint is kept"
                 )
-            tensors = float_tensors(networks.values())
-            if save and not torch.stack([t.isfinite().all() for t in tensors]).all():
+            if save and not all_finite(float_tensors(networks.values())):
                 raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
@@ -208,6 +207,11 @@ def float_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
     """Every parameter and BatchNorm statistic of the networks, detached."""
     values = [value for network in networks for value in network.state_dict().values()]
     return [value for value in values if value.is_floating_point()]
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """One wait for the device."""
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

@@ -110,7 +110,7 @@ def open_rows(args, items: list[Item], detector: Detector):
 
         def write(new: list) -> None:
             if part:
-                new = [[*row, version_of(row[0], args)] for row in new]
+                new = [[*row, version_of(row[0], args.begun)] for row in new]
             writer.writerows(new)
             file.flush()
 
@@ -121,7 +121,8 @@ def open_rows(args, items: list[Item], detector: Detector):
                 text = f"going on after {len(rows)} of {len(items)} images; notes are on the others"
                 print(f"{part}: {text}", file=sys.stderr)
             file.truncate(0)
-        write([HEADER, *rows])
+        writer.writerow([*HEADER, version_of(args.model, args.begun)] if part else HEADER)
+        write(rows)
         try:
             yield rows, write
             if part:
@@ -133,30 +134,34 @@ def open_rows(args, items: list[Item], detector: Detector):
             raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
 
 
-def version_of(image: str, args) -> str:
-    """A text that changes when the model or an image is changed, replaced or removed.
+def version_of(path: str | Path, begun: float) -> str:
+    """A text that changes when a file is changed, replaced or removed.
 
-    What has changed since this command began may have been read before. It has no version.
+    A file that has changed since the command began may have been read before. It has no version.
     """
-    states = [os.stat(path) for path in (args.model, image) if os.path.exists(path)]
-    known = all(state.st_ctime < args.begun for state in states)
-    return " ".join(f"{s.st_ino}-{s.st_ctime_ns}" for s in states) if known else "changed"
+    if not os.path.exists(path):
+        return "none"
+    state = os.stat(path)
+    return f"{state.st_ino}-{state.st_ctime_ns}" if state.st_ctime < begun else "changed"
 
 
 def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
     """The rows that an interrupted run of the same command has written.
 
-    They end where the model or an image is another one now. The last row may be cut. Only whole
-    batches count, as the last digits of a score depend on the others of its batch.
+    None if the model is another one now. They end where an image is another one. The last row may
+    be cut. Only whole batches count, as the last digits of a score depend on the others of its
+    batch.
     """
     file.seek(0)
     try:
-        rows, n = list(csv.reader(file))[1:-1], 0
+        header, *rows = list(csv.reader(file))[:-1] or [[]]
     except csv.Error:
         return []
-    threshold = f"{detector.threshold:.9g}"
+    if header != [*HEADER, version_of(args.model, args.begun)]:
+        return []
+    threshold, n = f"{detector.threshold:.9g}", 0
     for (path, name), row in zip(items, rows):
-        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(path, args)]:
+        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(path, args.begun)]:
             break
         if args.heatmaps and row[1] and not heatmap_of(args.heatmaps, name).exists():
             break

@@ -178,16 +178,16 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)
     # Scores that are newer than the model, or of another formula now, are calibrated again
-    other_code = changed_code(before["provenance"].get("code"))
-    if other_code:
+    own_score = score in (None, config.score)
+    if changed_code(before["provenance"].get("code")):
         detector.calibrate(category.calibration)
+        if own_score:
+            write_torch(run.path("model.pt"), detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
-    if score not in (None, config.score):
+    if not own_score:
         detector.set_quantile(config.quantile, score)
         return evaluation.assess(detector, category, training)
-    if other_code:
-        write_torch(run.path("model.pt"), detector.state())
     metrics = evaluation.assess(detector, category, training, run)
     if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
         run.path("curve.csv").unlink(missing_ok=True)
