@@ -193,6 +193,8 @@ def differences(ours: Config, theirs: Config) -> list[str]:
     same = {"checkpoint_every"}  # changes no result
     if ours.dataset in FOLDERS and theirs.dataset in FOLDERS:
         same.add("dataset")  # the same images by another name
+    if "auto" in (ours.amp, theirs.amp):
+        same.add("amp")  # a recipe for every machine, and a run of one
     return [
         f"{name} ({getattr(theirs, name)} there, {getattr(ours, name)} asked)"
         for name in FIELDS

@@ -90,14 +90,24 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name
         for changes, other in (
-            ({"steps": 7}, ", made with another config: steps (3000 there, 7 asked)"), ({}, ""),
-        ):  # fmt: skip
+            ({"steps": 7}, ", made with another config: steps (3000 there, 7 asked)"),
+            ({"amp": "fp32"}, ", made with another config: amp (bf16 there, fp32 asked)"),
+            ({"amp": "bf16"}, ""),
+        ):
             experiment.write_recipe(folder, ours.replace(category="bottle", **changes), force=True)
             text = page(folder, recipe)
             assert f"same category and seed in experiments/paper{other}.\n" in text
             assert f"| {row['category']} | 0.500 | {float(row['auroc']):.3f} | 0.500 |" in text
     for folder in (tmp_path / "mine", ROOT / "experiments/paper", tmp_path / "no-such/paper"):
         assert "reference" not in page(folder)
+
+
+def test_a_recipe_may_leave_the_precision_to_the_machine(tmp_path):
+    experiment.write_recipe(tmp_path, Config(amp="auto"), force=False)
+    for amp in ("bf16", "fp32"):
+        experiment.check_recipe(tmp_path, Config(amp=amp, category="bottle", seed=7))
+    with pytest.raises(UserError, match=r"another recipe: steps \(3000 there, 7 asked\); "):
+        experiment.check_recipe(tmp_path, Config(amp="fp32", steps=7))
 
 
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():

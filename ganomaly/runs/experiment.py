@@ -110,12 +110,13 @@ def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Pa
     experiment itself.
     """
     folder, text = EXPERIMENTS / (recipe or experiment.name), ""
-    recipes = [f / "config.json" for f in (experiment, folder)]
-    if folder.resolve() != experiment.resolve() and all(path.is_file() for path in recipes):
-        figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in runs_of(folder)}
+    path, others = experiment / "config.json", folder.resolve() != experiment.resolve()
+    if path.is_file() and others and (there := list(runs_of(folder))):
+        figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in there}
         for run in results.runs:
             run[REFERENCE] = figures.get((run["category"], run["seed"]))
-        other = ", ".join(configuration.differences(*map(configuration.load, recipes)))
+        _, _, config = there[0]  # the recipe itself may leave the precision to the machine
+        other = ", ".join(configuration.differences(configuration.load(path), recipe_of(config)))
         text = f"reference: the AUROC of the same category and seed in experiments/{folder.name}"
         text += f", made with another config: {other}." if other else "."
     return results_page(experiment.name, results.runs, results.one_recipe, text)
