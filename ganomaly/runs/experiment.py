@@ -110,8 +110,8 @@ def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Pa
     experiment itself.
     """
     folder, text = EXPERIMENTS / (recipe or experiment.name), ""
-    path, others = experiment / "config.json", folder.resolve() != experiment.resolve()
-    if path.is_file() and others and (there := list(runs_of(folder))):
+    path, elsewhere = experiment / "config.json", folder.resolve() != experiment.resolve()
+    if elsewhere and path.is_file() and (there := list(runs_of(folder))):
         figures = {(m["category"], m["seed"]): m["auroc"] for _, m, _ in there}
         for run in results.runs:
             run[REFERENCE] = figures.get((run["category"], run["seed"]))
