@@ -19,7 +19,7 @@ def parsed(*words: str) -> Config:
 def test_the_paper_recipe_is_the_defaults_and_no_recipe_fixes_the_precision():
     recipe = configuration.load(ROOT / "experiments/paper/config.json")
     assert recipe == Config(checkpoint_every=250)  # more checkpoints, for its curves
-    # A CPU without bf16 emulates it, and would take fifteen times as long as in fp32
+    # A CPU without bf16 emulates it, and would take 14 to 25 times as long as in fp32
     recipes = [configuration.load(path) for path in committed(":(glob)experiments/*/config.json")]
     assert {recipe.amp for recipe in recipes} == {"auto"}
 
