@@ -80,7 +80,7 @@ class Config:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)
-    tta: bool = knob(False, "test-time augmentation: average scores over moved copies")
+    tta: bool = knob(False, "test-time augmentation: average over moved copies")
     quantile: float = knob(0.95, "share of normal images under the threshold", above=0, below=1)
     calibration_fraction: float = knob(0.2, "share of train/good not trained on", above=0, below=1)
     checkpoint_every: int = knob(500, "steps between checkpoints", low=1, high=10**9)

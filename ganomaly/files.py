@@ -29,7 +29,7 @@ def locked(folder: Path, wait: bool = False):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
-        lock(file, f"{folder}: another process is at work on this run", wait)
+        lock(file, f"{folder}: another process is using this folder", wait)
         yield
 
 

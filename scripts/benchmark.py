@@ -40,7 +40,9 @@ def main(argv=None) -> int:
     if not (args.dry_run and args.download and base.dataset not in FOLDERS):
         missing = data.missing_categories(base, categories, args.data_root, args.download)
     if missing and (not args.skip_missing or len(missing) == len({*categories})):
-        data.refuse_missing(missing, categories, f"; {flag('--skip-missing')} does the others")
+        others = len(missing) < len({*categories})
+        hint = f"; {flag('--skip-missing')} does the others" if others else ""
+        data.refuse_missing(missing, categories, hint)
     jobs = {}
     for seed in args.seeds or [base.seed]:
         for category in (name for name in categories if name not in missing):

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
         print(f"note: {trained} images that the model was trained on are left out", file=sys.stderr)
     images, n = images[new], len(new)
     if n < MIN_CALIBRATION:
-        raise UserError(f"--images: {n} images; {MIN_CALIBRATION} are needed, 99 are good")
+        raise UserError(f"--images: {n} images; at least {MIN_CALIBRATION} are needed, better 99")
     before, old = detector(images).defective, detector.threshold
     if args.tta is not None:
         detector.config = detector.config.replace(tta=args.tta)

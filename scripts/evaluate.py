@@ -1,4 +1,4 @@
-"""Score a finished run again from its model.pt and rewrite its numbers (identical ones).
+"""Score a finished run again from its model.pt and rewrite its numbers.
 
 The run is found by --experiment, --category and --seed. It keeps its own config; other config
 flags are refused if they differ from it. With another --score that score's figures are shown, and
@@ -34,7 +34,7 @@ def main(argv=None) -> int:
     if not run.finished:
         raise UserError(
             f"{run.folder}: no finished run there, with model.pt (which git does not keep) and "
-            "metrics.json; train it into this experiment first"
+            "metrics.json; train it, or name its --experiment"
         )
     with locked(run.folder):  # another process may be training it anew
         config = configuration.load(run.path("config.json"))

@@ -23,7 +23,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     folder = cli.experiment_folder(args)
     if not list(folder.glob("*/seed*/metrics.json")):
-        raise UserError(f"{folder}: no finished run there to report on")
+        raise UserError(f"{folder}: no finished run there; name its --experiment")
     output = args.output or folder / "report.html"
     check_output(output)
     write_output(output, report_page(folder, args.data_root, use_device(args.device)))

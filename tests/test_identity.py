@@ -159,7 +159,7 @@ def test_a_run_on_which_another_process_is_at_work_is_refused(script, parts, fin
         before = contents(finished)
         for command in ("train", "evaluate"):
             line = refusal(script(command, *train_words(parts, tmp_path)))
-            assert "another process is at work on this run" in line
+            assert "another process is using this folder" in line
         assert contents(finished) == before
 
 
