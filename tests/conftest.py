@@ -1,9 +1,7 @@
 """Drawn images in MVTec's layout, train() in memory, a finished run, the scripts in process."""
 
-import csv
 import importlib.util
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -37,6 +35,7 @@ CHANGES = {
     "checkpoint_every": 2, "threads": 2, "seed": 1,
 }  # fmt: skip
 TINY_FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+EVERY = "--corrupted=.5 --comparator-width=3 --normalise=exposure --tta".split()  # part there is
 CPU = torch.device("cpu")
 
 
@@ -174,48 +173,6 @@ def finished(trained, tmp_path) -> Path:
     return folder_of(tmp_path)
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_csv(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
-
-
-def results_of(experiment: Path) -> list[list[tuple]]:
-    """results.csv, less times and provenance."""
-    rows = read_csv(experiment / "results.csv")
-    return [list(row.items())[: list(row).index("train_seconds")] for row in rows]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def numbers(folder: Path) -> tuple[dict, str]:
-    """A run's metrics.json less times and provenance, and its scores.csv."""
-    metrics = read_json(folder / "metrics.json")
-    for name in ("train_seconds", "images_per_second", "provenance"):
-        del metrics[name]
-    return metrics, (folder / "scores.csv").read_text()
-
-
-def printed(answer: tuple[int, str, str]) -> str:
-    """What a script that did its work has printed."""
-    code, out, err = answer
-    assert code == 0, err
-    return out
-
-
-def refusal(answer: tuple[int, str, str]) -> str:
-    """The one line of a script that refused, and that printed nothing else."""
-    code, out, err = answer
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, len(lines)) == (2, 1) and not out and "Traceback" not in err, err
-    return lines[0]
-
-
 def committed(*words: str) -> list[Path]:
     """The files that git ls-files lists: tests read those, never what a user has run."""
     words = ["git", "ls-files", "-z", *words]
@@ -235,10 +192,7 @@ def load_script(name: str):
 
 @pytest.fixture
 def script(capsys, monkeypatch, tmp_path):
-    """script("train", "--steps", "5") -> (exit code, standard output, standard error).
-
-    No script sees or writes the user's own experiments.
-    """
+    """script("train", "--steps", "5") -> (exit code, stdout, stderr); sees no runs of the user."""
     monkeypatch.setattr(cli, "RUNS", tmp_path / "experiments")
 
     def call(name: str, *words) -> tuple[int, str, str]:

@@ -1,7 +1,4 @@
-"""Tables of what people and disks do to files: each row is one row or one line, never a traceback.
-
-Wrong values, flags and models stand in test_config, test_scripts and test_scoring.
-"""
+"""Tables of what people and disks do to files: each is one row or one line, never a traceback."""
 
 import io
 import os
@@ -10,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from .conftest import folder_of, numbers, printed, read_csv, refusal, train_words
+from .conftest import EVERY, folder_of, train_words
+from .outputs import numbers, printed, read_csv, refusal
 
 
 def noise(seed=0) -> np.ndarray:
@@ -24,17 +22,12 @@ def packed(kind: str, image: Image.Image | None = None, **save) -> bytes:
     return buffer.getvalue()
 
 
-def animation(kind: str) -> bytes:
-    frames = [Image.new("RGB", (40, 40), (i * 60, 0, 0)) for i in range(3)]
-    return packed(kind, frames[0], save_all=True, append_images=frames[1:])
-
-
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"  # nonsense
 NOTES = PngImagePlugin.PngInfo()
 NOTES.add_text("report", "x" * 3_000_000, zip=True)
 RAMP = np.arange(1600).reshape(40, 40)
-# name, content, what its row says: a part of the reason, or None where it is read; test_data has
-# every mode
+MORE = dict(save_all=True, append_images=[Image.new("RGB", (40, 40))])
+# name, content, what its row says: a part of the reason, or None where it is read
 IMAGES = [
     ("zero.png", b"", "cannot identify"),
     ("text.png", b"hello", "cannot identify"),
@@ -46,8 +39,8 @@ IMAGES = [
     ("float.tif", packed("tiff", Image.fromarray(RAMP.astype(np.float32))), "32-bit"),
     ("negative.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) - 800)), "32-bit"),
     ("wide.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) + 70_000)), "32-bit"),
-    ("moving.webp", animation("webp"), None),
-    ("really_a_gif.png", animation("gif"), None),
+    ("moving.webp", packed("webp", **MORE), None),
+    ("really_a_gif.png", packed("gif", **MORE), None),
     *((name, packed("png"), None) for name in (
         "UPPER.PNG", "comma, 'quotes\".png", "new\nline.png", "-flag.png", "\u6587\u5b57.png",
         os.fsdecode(b"latin\xe9.png"), "linked/a.jfif", "b.pgm", "c.GIF",
@@ -100,48 +93,21 @@ def test_every_image_is_a_row_whatever_is_in_it(script, trained, tmp_path, monke
     assert all(name in line for name in bad) and not list((tmp_path / "runs").rglob("*.json"))
 
 
-def cut(path, n=100):
-    path.write_bytes(path.read_bytes()[:n])
-
-
-def flip(path):
-    """One bit in the middle of the weights."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 64
-    path.write_bytes(content)
-
-
-def unfinished(folder):
-    """The folder as it is before metrics.json is there."""
-    (folder / "metrics.json").unlink()
-    return folder
-
-
-DAMAGED = "last.pt: damaged; remove it, and training starts anew"
-# What is done to a finished run's folder; what train.py says (None: done without a word)
-DAMAGES = [
-    ("metrics cut", lambda f: cut(f / "metrics.json"), "not a complete metrics.json"),
-    ("metrics gone", unfinished, None),
-    ("checkpoint gone", lambda f: (unfinished(f) / "last.pt").unlink(), None),
-    ("model gone", lambda f: (f / "model.pt").unlink(), None),
-    ("log cut", lambda f: cut(unfinished(f) / "log.jsonl", 7), None),
-    ("curve cut", lambda f: cut(unfinished(f) / "curve.csv", 9), None),
-    ("checkpoint with a flipped bit", lambda f: flip(unfinished(f) / "last.pt"), DAMAGED),
-]
-
-
-@pytest.mark.parametrize("name, damage, line", DAMAGES)
-def test_a_damaged_run_is_made_whole_or_refused(
-    script, parts, finished, tmp_path, name, damage, line
-):
-    whole = numbers(finished)
-    damage(finished)
-    answer = script("train", *train_words(parts, tmp_path))
-    if line is None:
-        printed(answer)
-        assert numbers(finished) == whole, name
-    else:
-        assert line in refusal(answer)
+def test_a_damaged_run_is_made_whole_or_refused(script, parts, finished, tmp_path):
+    words, whole = train_words(parts, tmp_path), numbers(finished)
+    metrics, checkpoint = finished / "metrics.json", finished / "last.pt"
+    os.truncate(metrics, 100)
+    assert "not a complete metrics.json" in refusal(script("train", *words))
+    metrics.unlink()
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 64  # one bit in the middle of the weights
+    checkpoint.write_bytes(content)
+    line = "last.pt: damaged; remove it, and training starts anew"
+    assert line in refusal(script("train", *words))
+    for gone in (checkpoint, finished / "model.pt"):
+        gone.unlink()
+        printed(script("train", *words))
+        assert numbers(finished) == whole
 
 
 BLACK = np.zeros((40, 40, 3), np.uint8)
@@ -151,12 +117,9 @@ ODD_SETS = {
     "identical": ([noise(0)] * 24, [noise(0)] * 4, [noise(i) for i in range(1, 5)]),
     "one of each": ([noise(i) for i in range(24)], [noise(30)], [BLACK]),
 }
-OURS = (
-    "--normalise=exposure --corrupted=.5 --comparator-width=4 --score=small_or_large --tta".split()
-)
 
 
-@pytest.mark.parametrize("more", [[], OURS], ids=["paper", "calibrated"])
+@pytest.mark.parametrize("more", [[], [*EVERY, "--score=small_or_large"]], ids=["paper", "ours"])
 @pytest.mark.parametrize("name", ODD_SETS)
 def test_odd_sets_have_defined_results_and_no_warning(script, tmp_path, name, more):
     for place, arrays in zip(("train/good", "test/good", "test/bad"), ODD_SETS[name]):

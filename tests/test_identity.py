@@ -8,21 +8,8 @@ import torch
 from ganomaly.files import locked, write_json
 from ganomaly.runs import provenance
 
-from .conftest import (
-    ROOT,
-    benchmark_words,
-    contents,
-    draw,
-    draw_category,
-    folder_of,
-    numbers,
-    printed,
-    read_csv,
-    read_json,
-    refusal,
-    train,
-    train_words,
-)
+from .conftest import ROOT, benchmark_words, draw, draw_category, folder_of, train, train_words
+from .outputs import contents, numbers, printed, read_csv, read_json, refusal
 
 
 def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_path):
@@ -32,6 +19,9 @@ def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_
     out = printed(script("train", *words, "--checkpoint-every=2"))
     assert out.startswith("done before; --force") and table.is_file()
     assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
+    with locked(finished):
+        for command in ("train", "evaluate"):
+            assert "another process is using this folder" in refusal(script(command, *words))
     assert contents(finished) == before
     # Nor does a checkpoint of another config go on
     (finished / "metrics.json").unlink()
@@ -125,7 +115,6 @@ def test_other_code_is_refused_and_named(script, parts, finished, tmp_path, monk
     for more in ([], ["--dry-run"]):
         line = refusal(script("train", *words, *more))
         assert "other code (losses.py, new.py changed since)" in line and "ARGS=--force" in line
-    # An experiment of its own has no such run
     printed(script("benchmark", *benchmark_words(parts, tmp_path, "--dataset=folder")))
     printed(script("evaluate", *words))  # of the model as it is
     (finished / "metrics.json").unlink()
@@ -152,15 +141,6 @@ def test_force_takes_back_our_files_after_a_kill(script, parts, finished, tmp_pa
     printed(script("train", *words, "--force"))
     expected = numbers(train(parts, tmp_path / "new", "--steps=8", "--lr=1e-3"))
     assert numbers(finished) == expected and (finished / "notes.txt").read_text() == "mine"
-
-
-def test_a_run_on_which_another_process_is_at_work_is_refused(script, parts, finished, tmp_path):
-    with locked(finished):
-        before = contents(finished)
-        for command in ("train", "evaluate"):
-            line = refusal(script(command, *train_words(parts, tmp_path)))
-            assert "another process is using this folder" in line
-        assert contents(finished) == before
 
 
 def test_evaluate_adds_a_score_that_is_newer_than_the_model(script, parts, finished, tmp_path):

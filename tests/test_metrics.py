@@ -6,17 +6,12 @@ from sklearn import metrics as sk
 from ganomaly.metrics import aupro, brightness, controls, evaluate, found
 
 
-def drawn(seed: int, n: int = 60, levels: int = 7):
-    """Labels of both kinds and scores with many ties."""
-    rng = np.random.default_rng(seed)
-    labels = np.r_[0, 1, rng.integers(0, 2, n)]
-    return labels, (rng.integers(0, levels, n + 2) / levels).astype(np.float32)
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_their_definitions(seed):
-    labels, scores = drawn(seed)
+    rng = np.random.default_rng(seed)
+    labels = np.r_[0, 1, rng.integers(0, 2, 60)]
+    scores = (rng.integers(0, 7, 62) / 7).astype(np.float32)  # many ties
     threshold = float(np.median(scores))
     ours, verdicts = evaluate(labels, scores, threshold), scores > threshold
     hits, alarms = (verdicts & (labels == 1)).sum(), (verdicts & (labels == 0)).sum()
@@ -70,8 +65,12 @@ def test_brightness_counts_tenths_of_a_grey_level_and_no_rounding():
     assert brightness((images * 255).astype(np.uint8)).tolist() == [127, 127, 128, 128]
 
 
-def literal_aupro(masks, maps, limit=0.3) -> float:
-    """The definition, threshold by threshold."""
+@pytest.mark.parametrize("levels", [1, 2, 7, 1000])
+def test_aupro_is_its_definition_threshold_by_threshold(levels):
+    rng = np.random.default_rng(levels)
+    masks = rng.random((5, 9, 8)) < 0.2
+    masks[0] = False  # a good image
+    maps = (rng.integers(0, levels, masks.shape) + levels * masks // 3).astype(np.float32)
     named = [ndimage.label(mask, np.ones((3, 3))) for mask in masks]
     regions = [(i, names == k + 1) for i, (names, n) in enumerate(named) for k in range(n)]
     points, area = [(0.0, 0.0)], 0.0
@@ -79,19 +78,10 @@ def literal_aupro(masks, maps, limit=0.3) -> float:
         above = maps >= cut
         points.append((above[~masks].mean(), np.mean([above[i][r].mean() for i, r in regions])))
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 < min(x1, limit):
-            width = min(x1, limit) - x0
+        if x0 < min(x1, 0.3):
+            width = min(x1, 0.3) - x0
             area += width * (y0 + (y1 - y0) / (x1 - x0) * width / 2)
-    return area / limit
-
-
-@pytest.mark.parametrize("levels", [1, 2, 7, 1000])
-def test_aupro_is_its_definition(levels):
-    rng = np.random.default_rng(levels)
-    masks = rng.random((5, 9, 8)) < 0.2
-    masks[0] = False  # a good image
-    maps = (rng.integers(0, levels, masks.shape) + levels * masks // 3).astype(np.float32)
-    assert aupro(masks, maps) == pytest.approx(literal_aupro(masks, maps), abs=1e-12)
+    assert aupro(masks, maps) == pytest.approx(area / 0.3, abs=1e-12)
 
 
 def test_what_was_found_is_counted_by_kind():

@@ -5,16 +5,7 @@ import torch
 from torch import nn
 
 from ganomaly.config import Config
-from ganomaly.networks import (
-    Comparator,
-    Decoder,
-    Discriminator,
-    Encoder,
-    Generator,
-    build,
-    channel_plan,
-    initialise,
-)
+from ganomaly.networks import Comparator, Discriminator, Generator, build, channel_plan, initialise
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 SIZES = [
@@ -60,19 +51,20 @@ def test_decoder_mirrors_encoder(config, extra_layers):
     def kernels(network):
         return [tuple(m.weight.shape) for m in network.modules() if isinstance(m, CONVOLUTIONS)]
 
-    config = config.replace(extra_layers=extra_layers)
+    network = Generator(config.replace(extra_layers=extra_layers))
     # A transposed convolution's weight is (in, out, k, k), so its mirror has the same shape.
-    assert kernels(Encoder(config)) == kernels(Decoder(config))[::-1]
+    assert kernels(network.encoder1) == kernels(network.decoder)[::-1]
 
 
 def test_known_sizes_of_the_paper_networks():
     # 64 px, 3 channels, width 64, latent 100: 4x4 kernels 3-64-128-256-512-100 and BatchNorm
     pyramid = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512)
     encoder = pyramid + 16 * 512 * 100
-    assert parameters(Encoder(Config())) == encoder == 3_576_576
+    generator = Generator(Config())
+    assert parameters(generator.encoder1) == encoder == 3_576_576
     assert parameters(Discriminator(Config())) == pyramid + 16 * 512
     # The decoder has BatchNorm at its 64 channels too
-    assert parameters(Generator(Config())) == 3 * encoder + 2 * 64
+    assert parameters(generator) == 3 * encoder + 2 * 64
 
 
 def test_channels_double_up_to_256_pixels_and_no_further():
@@ -102,9 +94,10 @@ def test_initialisation_is_applied_and_the_paper_s_convolutions_have_no_bias():
 
 
 def test_only_the_image_layers_and_heads_lack_batchnorm():
-    layers = list(Encoder(Config(width=8)).features)
+    network = Generator(Config(width=8))
+    layers = list(network.encoder1.features)
     assert isinstance(layers[1], nn.LeakyReLU) and layers[1].negative_slope == 0.2
     assert [type(m) for m in layers[2:5]] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
-    layers = list(Decoder(Config(width=8)).layers)
+    layers = list(network.decoder.layers)
     assert [type(m) for m in layers[:3]] == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
     assert [type(m) for m in layers[-2:]] == [nn.ConvTranspose2d, nn.Tanh]

@@ -20,7 +20,7 @@ PIXELS = images(14)
 LONG = Config(**{**TINY, "steps": 12, "checkpoint_every": 7})
 FULL = LONG.replace(corrupted=0.5, comparator_width=4, normalise="exposure", amp="bf16")
 # Kernels that make the host wait for the device
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique"}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
 
 
 class Tape(TorchDispatchMode):
@@ -62,7 +62,6 @@ def tapes(monkeypatch):
 def test_a_replayed_training_is_the_training(config, tapes, monkeypatch):
     memory, by_step = Memory(), Memory()
     replayed = train(config, PIXELS, CPU, memory)
-    assert len(tapes) == 1
     with monkeypatch.context() as patch:
         patch.setattr(replay, "worth_recording", lambda *_: False)
         expected = train(config, PIXELS, CPU, by_step)

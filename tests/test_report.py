@@ -17,7 +17,8 @@ from PIL import Image
 from ganomaly.runs import charts
 from ganomaly.runs.pictures import panel
 
-from .conftest import draw_category, printed, train
+from .conftest import draw_category, train
+from .outputs import printed
 
 SENTENCE = "git keeps no weights"
 
@@ -90,7 +91,6 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     assert SENTENCE in page.text
     assert "svg" in page.tags and "table" in page.tags
     assert not [s for s in page.sources if s.startswith("data:image/jpeg")]
-    # Weights, but not the images
     page = written(script, root, "--data-root", tmp_path / "nowhere")
     assert "no folder" in page.text and SENTENCE not in page.text
 
@@ -150,29 +150,24 @@ def test_a_panel_has_a_row_of_images_one_of_reconstructions_and_one_of_differenc
     assert (rows[:, :, 32] == 0.5).all() and (rows[..., 32] == 0.5).all()
 
 
+def lines(picture: str, kind: str) -> list[list[tuple[float, float]]]:
+    paths = re.findall(rf'<path [^>]*class="?{kind}"? d="M([^"h]+)"/>', picture)
+    return [[tuple(map(float, at.split(","))) for at in path.split()] for path in paths]
+
+
 def test_charts_show_what_the_numbers_say():
     labels, scores = np.array([0] * 6 + [1] * 4), np.array([0.0] * 6 + [1.0, 1, 1, 0])
     chart = charts.histogram(labels, scores, 0.5, "a<b")
-    paths = {
-        kind: [tuple(map(float, at.split(","))) for at in path.split()]
-        for kind, path in re.findall(r'<path class=(\w+) d="M(.*?)"', chart)
-    }
+    (good,), (bad,), (cut,) = (lines(chart, kind) for kind in ("good", "bad", "cut"))
     bar, right = charts.W / charts.BINS, charts.W
     top, third, base = 0, pytest.approx(charts.H * 2 / 3, abs=0.1), charts.H
-    assert paths["good"][:4] == [(0, top), (bar, top), (bar, base), (2 * bar, base)]
-    assert paths["bad"][:3] == [(0, third), (bar, third), (bar, base)]
-    assert paths["bad"][-3:] == [(right - bar, base), (right - bar, top), (right, top)]
-    assert paths["cut"] == [(right / 2, base), (right / 2, top)]
+    assert good[:4] == [(0, top), (bar, top), (bar, base), (2 * bar, base)]
+    assert bad[:3] == [(0, third), (bar, third), (bar, base)]
+    assert bad[-3:] == [(right - bar, base), (right - bar, top), (right, top)]
+    assert cut == [(right / 2, base), (right / 2, top)]
     assert ">a&lt;b</text>" in chart
-    (line,) = re.findall(
-        r' d="M(.*?)"', charts.line_chart([([0, 5], [0.25, 1], "")], "", "xy", 0, 0.25)
-    )
-    assert line == f"0.0,{charts.H:.1f} {charts.W:.1f},0.0"
-
-
-def lines(picture: str, kind: str) -> list[list[tuple[float, float]]]:
-    paths = re.findall(rf'<path stroke="[^"]+" class="{kind}" d="M([^"h]+)"/>', picture)
-    return [[tuple(map(float, at.split(","))) for at in path.split()] for path in paths]
+    chart = charts.line_chart([([0, 5], [0.25, 1], "class=x")], "", "xy", 0, 0.25)
+    assert lines(chart, "x") == [[(0, charts.H), (charts.W, 0)]]
 
 
 def test_a_line_a_seed_and_one_of_their_mean():

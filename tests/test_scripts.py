@@ -1,19 +1,15 @@
 """What the scripts have in common: bad input, help, dry runs, exit codes."""
 
-from argparse import Namespace
-from pathlib import Path
-
 import pytest
 
-from ganomaly.cli import experiment_folder
 from ganomaly.config import FIELDS
 from ganomaly.errors import guard
 
-from .conftest import ROOT, benchmark_words, contents, folder_of, printed, refusal, train_words
+from .conftest import ROOT, benchmark_words, folder_of, train_words
+from .outputs import contents, printed, refusal
 
 
 def test_bad_input_is_one_line_that_names_it_and_a_hint(script, parts, tmp_path):
-    """Wrong values stand in test_config, missing images in test_data."""
     empty, out = tmp_path / "empty", tmp_path / "out"
     (empty / "parts/train/good").mkdir(parents=True)
     text, a_file = tmp_path / "text.json", tmp_path / "file"
@@ -53,12 +49,6 @@ def test_help_fits_a_screen(script, capsys, name):
     assert len(lines) - len(FIELDS) < 39  # a line a knob, and what stands around them
 
 
-def test_an_experiment_is_named_with_and_without_its_parent_folder():
-    for name in ("local/mine", "experiments/local/mine", "experiments/local/mine/"):
-        args = Namespace(experiments_dir=Path("experiments"), experiment=name)
-        assert experiment_folder(args) == Path("experiments/local/mine")
-
-
 def test_what_a_restart_would_not_change_is_no_failure_to_a_launcher(script, parts, monkeypatch):
     for restarts, expected in (("3", [0, 0, 0, 130]), ("0", [0, 1, 2, 130])):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
@@ -78,6 +68,9 @@ def test_a_dry_run_of_train_does_nothing(script, parts, finished, tmp_path):
     words = [*train_words(parts, tmp_path / "new"), "--dry-run"]
     out = printed(script("train", *words))
     assert f"would: {folder_of(tmp_path / 'new')}: train 6 steps" in out
+    for name in ("local/mine", "new/local/mine", "new/local/mine/"):  # as a shell completes it
+        out = printed(script("train", *words, "--experiment", name))
+        assert f"would: {folder_of(tmp_path / 'new', name='local/mine')}: train 6 steps" in out
     assert '"latent_dim": 8' in out and not (tmp_path / "new").exists()
     assert "categories there: parts" in refusal(script("train", *words, "--category=prats"))
     words, before = [*train_words(parts, tmp_path), "--dry-run"], contents(finished)

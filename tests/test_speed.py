@@ -8,7 +8,8 @@ import pytest
 
 from ganomaly.errors import UserError
 
-from .conftest import CPU, load_script, printed, read_json, refusal
+from .conftest import CPU, load_script
+from .outputs import printed, read_json, refusal
 
 speed = load_script("speed")
 

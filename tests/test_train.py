@@ -14,7 +14,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from ganomaly import data, paths
+from ganomaly import data, load, paths
 from ganomaly.config import FIELDS, SCORES, Config
 from ganomaly.detector import Detector
 from ganomaly.runs import evaluation, experiment, pipeline
@@ -27,18 +27,14 @@ from .conftest import (
     TINY,
     add_masks,
     benchmark_words,
-    contents,
     draw,
     draw_category,
     folder_of,
-    numbers,
-    printed,
-    read_csv,
-    read_json,
-    refusal,
+    same,
     train,
     train_words,
 )
+from .outputs import contents, numbers, printed, read_csv, read_json, refusal
 
 
 def test_a_run_leaves_what_the_contract_names(script, parts, tmp_path):
@@ -116,20 +112,20 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     assert results("again", base) == expected  # so that the differences above mean something
 
 
-def test_training_never_sees_calibration_or_test_images(tmp_path):
+def test_training_never_sees_calibration_or_test_images_and_any_name_is_kept(tmp_path):
     root = draw_category(tmp_path / "images" / "parts")
+    (root / "test/good/000.png").rename(root / "test/good" / os.fsdecode(b"sch\xf6n.png"))
     runs = [train(root.parent, tmp_path / "a")]
+    assert b"test/good/sch\xf6n.png" in (runs[0] / "scores.csv").read_bytes()
     _, held_out = data.split_calibration(24, Config(category="parts"), "parts")
     rng = np.random.default_rng(5)
     files = paths.image_files(root / "train" / "good")
     for path in [files[i] for i in held_out] + sorted((root / "test").glob("*/*.png")):
         draw(path, rng, defective=True, size=64)
     runs.append(train(root.parent, tmp_path / "b"))
-    states = [torch.load(run / "model.pt", weights_only=True) for run in runs]
-    for network, state in states[0]["networks"].items():
-        for name, value in state.items():
-            assert torch.equal(value, states[1]["networks"][network][name]), name
-    assert states[0]["threshold"] != states[1]["threshold"]  # they were calibrated with
+    first, second = map(load, runs)
+    assert same(first, second)
+    assert first.threshold != second.threshold  # they were calibrated with
 
 
 def test_the_last_look_is_the_result_and_looking_changes_nothing(parts, tmp_path, monkeypatch):
@@ -154,16 +150,6 @@ def test_a_calibrated_run_has_every_score_and_figures_of_pixels(tmp_path):
     assert metrics["pixel_auroc"] > 0.8 and metrics["aupro"] > 0.5
     # The bars make an image brighter; of what the network sees that is gone
     assert (metrics["auroc_brightness_raw"], metrics["auroc_brightness"]) == (1.0, 0.5)
-
-
-def test_names_that_are_not_utf8_are_kept(tmp_path):
-    good = draw_category(tmp_path / "images" / "parts") / "test" / "good"
-    (good / "000.png").rename(good / os.fsdecode(b"sch\xf6n.png"))
-    folder = train(tmp_path / "images", tmp_path)
-    assert b"test/good/sch\xf6n.png" in (folder / "scores.csv").read_bytes()
-
-
-# Interruptions
 
 
 STAGES = [
@@ -200,7 +186,6 @@ def test_ctrl_c_and_other_troubles_in_every_phase(
         lines = [line for line in err.splitlines() if line and "seed 42: " not in line]
         assert got == code and len(lines) == 1 and "Traceback" not in err, (stage, err)
         assert lines[0].startswith(("error: ", "interrupted")), (stage, err)
-    # It goes on from where it was
     assert numbers(train(parts, tmp_path)) == numbers(folder_of(trained))
     assert contents(folder_of(tmp_path, seed=1)) == beside
 
@@ -228,7 +213,6 @@ def test_a_figure_that_fails_costs_no_model(script, parts, finished, tmp_path, m
             assert "out of memory" in refusal(script("train", *words))
         assert not (finished / "metrics.json").exists()
     printed(script("predict", "--model", model, "--images", parts / "parts/test"))
-    # It goes on behind the last step
     assert numbers(train(parts, tmp_path)) == whole
 
 

@@ -10,32 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .conftest import ROOT, TINY_FLAGS, draw_category, folder_of, numbers, refusal, results_of
+from .conftest import ROOT, TINY_FLAGS, folder_of
+from .outputs import numbers, refusal, results_of
 
 ROOMY = ["--steps=600", "--checkpoint-every=25"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for seed, name in enumerate(("bottle", "cable", "pill")):
-        draw_category(root / name, n_train=60, n_good=20, n_bad=20, seed=seed)
-    return root
 
 
 def train(*words, **more) -> subprocess.CompletedProcess:
     command = [sys.executable, "scripts/train.py", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
-
-
-def assert_same(whole: Path, killed: Path) -> None:
-    """Runs of one experiment in two places: the same bytes, and nothing left behind."""
-    for run in sorted(whole.glob("*/seed*")):
-        same = killed / run.relative_to(whole)
-        assert numbers(run) == numbers(same)
-        assert (run / "curve.csv").read_bytes() == (same / "curve.csv").read_bytes()
-    assert results_of(whole) == results_of(killed)
-    assert not list(killed.rglob(".*.tmp"))
 
 
 # A process that is killed as it is about to give its n-th file the final name
@@ -53,8 +36,8 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_a_run_that_dies_at_any_of_its_writes_ends_in_the_same_bytes(root, tmp_path):
-    words = ["--category=bottle", "--experiment=x", "--data-root", root, *TINY_FLAGS]
+def test_a_run_that_dies_at_any_of_its_writes_ends_in_the_same_bytes(fifteen, tmp_path):
+    words = ["--category=bottle", "--experiment=x", "--data-root", fifteen, *TINY_FLAGS]
     words += ["--checkpoint-every=3", "--experiments-dir"]
     train(*words, tmp_path / "whole", check=True)
     n, died = 1, True
@@ -63,15 +46,18 @@ def test_a_run_that_dies_at_any_of_its_writes_ends_in_the_same_bytes(root, tmp_p
         killed = [sys.executable, "-c", DIES, str(n), "scripts/train.py", *words, place]
         died = subprocess.run(killed, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
         train(*words, place, check=True)
-        assert_same(tmp_path / "whole" / "x", place / "x")
+        whole, same = (folder_of(p, "bottle", name="x") for p in (tmp_path / "whole", place))
+        assert numbers(whole) == numbers(same) and not list(place.rglob(".*.tmp"))
+        assert (whole / "curve.csv").read_bytes() == (same / "curve.csv").read_bytes()
+        assert results_of(tmp_path / "whole" / "x") == results_of(place / "x")
         n += 1
     print(f"died at each of {n - 2} writes")
     assert n - 2 >= 10
 
 
-def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
+def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(fifteen, tmp_path):
     which = ["--experiment=x", "--seeds", "1", "2", "--categories", "bottle", "cable", "pill"]
-    where = ["--data-root", root, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
+    where = ["--data-root", fifteen, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
     script = ["scripts/benchmark.py", *which, *where]
     whole = [sys.executable, *script, tmp_path / "whole"]
     subprocess.run(whole, check=True, capture_output=True, cwd=ROOT)
@@ -93,13 +79,13 @@ def test_a_launchers_dead_worker_is_replaced_and_its_runs_go_on(root, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
 @pytest.mark.parametrize("kilobytes", [20, 120, 400, 700])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_with_more(kilobytes, root, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_with_more(kilobytes, fifteen, tmp_path):
     disk, roomy = tmp_path / "disk", tmp_path / "roomy"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    words = ["--category=bottle", "--data-root", root, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
+    words = ["--category=bottle", "--data-root", fifteen, *TINY_FLAGS, *ROOMY, "--experiments-dir"]
     try:
         done = train(*words, disk)
         line = refusal((done.returncode, done.stdout, done.stderr))
@@ -112,9 +98,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_more(kilobytes, root, 
         subprocess.run(["umount", disk], check=True)
 
 
-def test_fifty_thousand_steps_take_no_more_memory_and_no_longer_a_step(root, tmp_path):
-    words = ["--category=bottle", "--data-root", root, *TINY_FLAGS, "--experiments-dir", tmp_path]
-    command = [sys.executable, "scripts/train.py", *words, "--steps=50000"]
+def test_fifty_thousand_steps_take_no_more_memory_and_no_longer_a_step(fifteen, tmp_path):
+    words = ["--category=bottle", "--data-root", fifteen, *TINY_FLAGS, "--steps=50000"]
+    command = [sys.executable, "scripts/train.py", *words, "--experiments-dir", tmp_path]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, cwd=ROOT, **quiet)
     log, memory, clock = folder_of(tmp_path, "bottle") / "log.jsonl", [], {}
