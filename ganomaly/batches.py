@@ -1,5 +1,7 @@
 """What a network sees: batches of images on the device, with or without their exposure."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,7 @@ def from_input(x: Tensor, pixels: Tensor, scale: float | None = None) -> Tensor:
 
 
 def relative(x: Tensor) -> Tensor:
-    """Divide grey levels (B, C, S, S) by the mean of their image and subtract 1, in place.
-
-    Exposure multiplies all pixels of an image. The division removes it; the contrast stays.
-    """
+    """Divide grey levels (B, C, S, S) by the mean of their image and subtract 1, in place."""
     mean = x.mean((1, 2, 3), keepdim=True)
     return x.div_(mean.clamp_min(DARK)).sub_(1)
 
@@ -48,27 +47,14 @@ def fitted_scale(images: Tensor) -> float:
     return max(float(distances.kthvalue(max(1, int(0.999 * len(distances)))).values), 0.05)
 
 
-class Batches:
-    """Endless stream of shuffled passes over the images, cut into batches of equal size.
+def batches(n: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Yield indices (batch_size,) of n images without end, in shuffled passes of each image once.
 
-    Each pass has every image once. A batch may span passes.
+    A batch may span passes.
     """
-
-    def __init__(self, images: Tensor, batch_size: int, rng: torch.Generator):
-        self.images, self.batch_size, self.rng = images, batch_size, rng
-        self.order = torch.empty(0, dtype=torch.long)
-
-    def next(self) -> Tensor:
-        """uint8 (batch_size, C, S, S), on the device of the images."""
-        while len(self.order) < self.batch_size:
-            again = torch.randperm(len(self.images), generator=self.rng)
-            self.order = torch.cat([self.order, again])
-        picked, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
-        return self.images[picked.to(self.images.device, non_blocking=True)]
-
-    def state_dict(self) -> dict:
-        return {"rng": self.rng.get_state(), "order": self.order.clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rng.set_state(state["rng"].cpu())
-        self.order = state["order"].clone()
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(n, generator=rng)])
+        yield order[:batch_size]
+        order = order[batch_size:]

@@ -3,15 +3,13 @@
 import argparse
 import dataclasses
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 from ganomaly import config as configuration
-from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, Config, allowed, is_name, nearest
+from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, allowed, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import model_file
-from ganomaly.scoring import SCORES
 
 RUNS = EXPERIMENTS  # where runs go without --experiments-dir
 # How argparse reads the value of a field, by the field's type
@@ -55,9 +53,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") -> None:
     """Where images, experiments and the device are: no part of a config."""
-    parser.add_argument(
-        "--experiment", default=experiment, metavar="NAME", help=f"folder [{experiment}]"
-    )
+    parser.add_argument("--experiment", default=experiment, metavar="NAME", help=f"[{experiment}]")
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]"
     )
@@ -73,10 +69,7 @@ def add_train_flags(parser: Parser, experiment: str = "local") -> None:
     """What to train, how, and where."""
     parser.add_argument("--force", action="store_true", help="train anew, over what is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument(
-        "--deterministic", action="store_true",
-        help="on CUDA only algorithms that give the same bytes in every run",
-    )  # fmt: skip
+    parser.add_argument("--deterministic", action="store_true", help="the same bytes on CUDA too")
     add_place_flags(parser, experiment)
     parser.add_config_flags()
 
@@ -93,14 +86,10 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt"
-    )
-    parser.add_argument(
-        "--quantile", type=float, metavar="FLOAT",
-        help="share of normal images under the threshold [as trained]",
-    )  # fmt: skip
-    parser.add_argument("--score", choices=SCORES, metavar="NAME", help="[the model's own]")
+    parser.add_argument("--model", type=model_file, required=True, metavar="FILE", help="model.pt")
+    help = f"{FIELDS['quantile'].metadata['help']} [as trained]"
+    parser.add_argument("--quantile", type=float, metavar="FLOAT", help=help)
+    parser.add_argument("--score", metavar="NAME", help="[the model's own]")
 
 
 def add_image_flag(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +116,6 @@ def experiment_folder(args: argparse.Namespace) -> Path:
 
 def recipe_name(args: argparse.Namespace) -> str:
     """The name of the recipe that --recipe or --config stands for."""
-    if args.config is None:
-        return args.recipe
     return args.config.absolute().parent.name if args.config.stem == "config" else args.config.stem
 
 
@@ -149,10 +136,3 @@ def given_values(args: argparse.Namespace) -> dict:
             values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
     given = {name: vars(args)[name] for name in FIELDS}
     return values | {name: value for name, value in given.items() if value is not None}
-
-
-def note_unused_root(config: Config, args: argparse.Namespace) -> None:
-    """Say that the digits come from scikit-learn, where --data-root names a folder."""
-    if config.dataset == "digits" and args.data_root is not None:
-        hint = "--category or --dataset folder takes images"
-        print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)

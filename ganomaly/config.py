@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +88,17 @@ class Config:
 
     def __post_init__(self):
         for key in FIELDS.values():
-            object.__setattr__(self, key.name, checked(key, getattr(self, key.name)))
+            value, kind, limits = getattr(self, key.name), str(key.type).split()[0], key.metadata
+            if kind == "float" and type(value) is int and abs(value) < 1e300:
+                value = float(value)
+                object.__setattr__(self, key.name, value)
+            fits = (
+                type(value).__name__ == kind
+                and value in limits.get("choices", [value])
+                and all(holds(value, limits[k]) for k, (_, holds) in LIMITS.items() if k in limits)
+            )
+            if not fits and (value, key.default) != (None, None):
+                raise UserError(f"{key.name}: {value!r} is not allowed; allowed: {allowed(key)}")
         weights = [name for name in FIELDS if name.startswith("w_")]
         if not any(getattr(self, name) for name in weights):
             raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
@@ -133,29 +142,8 @@ def allowed(key: dataclasses.Field) -> str:
     return ", ".join([KINDS[str(key.type).split()[0]], *limits])
 
 
-def checked(key: dataclasses.Field, value):
-    """The value with its field's type; UserError names field, value and what is allowed."""
-    kind, limits = str(key.type).split()[0], key.metadata
-    if value is None and "None" in str(key.type):
-        return value
-    if kind == "float" and type(value) is int and abs(value) < 1e300:
-        value = float(value)
-    fits = (
-        type(value).__name__ == kind
-        and value in limits.get("choices", [value])
-        and (kind != "float" or math.isfinite(value))
-        and all(holds(value, limits[k]) for k, (_, holds) in LIMITS.items() if k in limits)
-    )
-    if not fits:
-        raise UserError(f"{key.name}: {value!r} is not allowed; allowed: {allowed(key)}")
-    return value
-
-
 def resolve(values: dict) -> Config:
-    """A Config from given values; the dataset's defaults fill the rest.
-
-    The default dataset is mvtec where a category is given, else digits.
-    """
+    """A Config from given values; the dataset's defaults fill the rest."""
     # A category of None counts as not given
     given = {k: v for k, v in values.items() if not (k == "category" and v is None)}
     dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")

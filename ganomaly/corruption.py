@@ -19,7 +19,7 @@ MASK_SIDE = 128  # pixels; larger masks are enlarged from this side
 
 
 class Corruption:
-    """Corrupts batches made by to_input; state_dict() holds the state of its random numbers.
+    """Corrupts batches made by to_input, with random numbers of `host` and `rng`.
 
     images: uint8 (n, C, S, S), normal images to paste from, on the device. seed: of the random
     numbers. scale: as for to_input.
@@ -51,10 +51,7 @@ class Corruption:
         return self.chroma * torch.randn(*like.shape[:2], 1, 1, **self.draw)
 
     def moved(self, images: Tensor, reach: float) -> Tensor:
-        """Masks or pieces to paste: transposed, mirrored, rolled by up to reach * S pixels.
-
-        Each image has its own random numbers. What leaves at one side enters at the other.
-        """
+        """Masks or pieces, each at random transposed, mirrored, rolled by at most reach * S."""
         n, size = len(images), images.shape[-1]
         images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)
@@ -104,13 +101,6 @@ class Corruption:
         change = (corrupted - x).abs().mean(1, keepdim=True)
         mean_change = (change * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
         return corrupted, mask[:, 0] * (mean_change > 0.04).float()[:, None, None]
-
-    def state_dict(self) -> dict:
-        return {"host": self.host.get_state(), "rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.host.set_state(state["host"])
-        self.rng.set_state(state["rng"])
 
 
 def draw_mask(size: int, rng: torch.Generator) -> Tensor:

@@ -148,17 +148,13 @@ def refuse_missing(missing: dict[str, str], names: list[str], hint: str = "") ->
     """UserError for a command that stops because of missing_categories."""
     raise UserError(
         f"data of {len(missing)} of {len(names)} categories is missing "
-        f"({', '.join(map(str, missing))}), nothing was trained{hint}. "
+        f"({', '.join(name or 'any' for name in missing)}), nothing was trained{hint}. "
         f"The first: {next(iter(missing.values()))}"
     )
 
 
 def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
-    """Hashes of a category's files: train_images, and test_images (which include the masks).
-
-    A finished run knows its images by them. Empty for digits, MNIST and CIFAR-10. UserError where
-    the category's folder is not there.
-    """
+    """Hashes of train_images and of test_images with the masks. Empty where there are no files."""
     folder = category_folder(config, data_root)
     if folder is None:
         return {}
@@ -293,10 +289,7 @@ def load_one_class_out(config: Config, images: np.ndarray, classes: np.ndarray) 
 
 
 def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
-    """Split 0..n-1 by the seed into indices to train on and indices to calibrate with, both sorted.
-
-    UserError where n is too small. `where` names the images in the message.
-    """
+    """Sorted indices to train on and to calibrate with; UserError where n is too small."""
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n - held_out < MIN_TRAIN:
         raise UserError(

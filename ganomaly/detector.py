@@ -55,10 +55,7 @@ def moved(images: Tensor, step: int, dim: int) -> Tensor:
 
 
 def measured_by(networks, o: Outputs, tta: bool) -> Measured:
-    """What the outputs measure; with `tta` (test-time augmentation), averaged with moved copies.
-
-    The images count half, and their copies, moved by each of MOVES, the other half.
-    """
+    """What the outputs measure; with `tta` averaged with copies moved by MOVES, the image half."""
     own = scoring.measure(o)
     if not tta:
         return own
@@ -164,10 +161,9 @@ class Detector:
 
     @torch.inference_mode()
     def map_batches(self, pixels: Tensor, function: Callable[[Outputs, Measured], Any]) -> Any:
-        """function(outputs, measured) of uint8 images (N, C, S, S), batch by batch in float32.
+        """function(outputs, measured) of uint8 images (N, C, S, S), joined on the CPU.
 
-        Its tensors are joined, on the CPU. UserError where one is not finite, as after a training
-        that diverged.
+        UserError where one is not finite, as after a training that diverged.
         """
         bar = tqdm(pixels.split(self.batch), "scoring", leave=False, disable=None, delay=2)
         parts = []
@@ -196,11 +192,7 @@ class Detector:
         return self.map_batches(pixels, lambda o, m: scoring.heat_map(m, fitted))
 
     def explain(self, pixels: Tensor) -> tuple[Verdicts, Tensor, Tensor]:
-        """Verdicts, reconstructions and heat maps of uint8 images (N, C, S, S), in one pass.
-
-        A reconstruction is x_hat as uint8 (C, S, S), in the exposure of its image. For heat maps
-        (S, S) see scoring.heat_map. All are on the CPU.
-        """
+        """Verdicts, uint8 reconstructions (N, C, S, S) and heat maps (N, S, S), in one pass."""
         fitted, name = self.calibration.statistics, self.config.score
         raw, x_hat, heat = self.map_batches(
             pixels, lambda o, m: (scoring.raw_scores(m), o.x_hat, scoring.heat_map(m, fitted))

@@ -166,10 +166,7 @@ def kind_of(facts: Sequence[Facts]) -> Kind:
 
 
 def note_odd(paths: Sequence[str | Path], facts: Sequence[Facts], kind: Kind) -> None:
-    """Print what is odd about images, and where they differ from the training images.
-
-    One line for each kind of note, on standard error.
-    """
+    """Print what is odd about images, and where they differ from the training images."""
     found: dict[str, list[str | Path]] = defaultdict(list)  # note -> images
     for path, one in zip(paths, facts):
         notes = list(one.notes)
@@ -189,5 +186,5 @@ def note_odd(paths: Sequence[str | Path], facts: Sequence[Facts], kind: Kind) ->
         for note in notes:
             found[note].append(path)
     for note, odd in found.items():
-        text = f"{len(odd)} of {len(facts)} images {note}; the first: {odd[0]}"
-        print(f"note: {text}", file=sys.stderr)
+        counts = f"{len(odd)} of {len(facts)}"
+        print(f"note: {counts} images {note}; the first: {odd[0]}", file=sys.stderr)

@@ -18,9 +18,10 @@ from ganomaly.paths import image_files
 MASK_FOLDERS = ("ground_truth", "masks")
 MASK_ENDING = re.compile(r"[-_ ]?(mask|gt|label|annotation)s?$")
 FEW_LEVELS = 16  # a mask with more levels has soft edges, as of a JPEG
+Tests = list[tuple[Path, str]]  # test images, each with its defect's name
 
 
-def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[list[Path]]:
+def mask_files(folder: Path, test: Tests) -> list[list[Path]]:
     """The mask files of every test image; none for good images.
 
     The mask of test/<defect>/1.jpg is ground_truth/<defect>/1_mask.png, else 1.png there, else all
@@ -45,11 +46,7 @@ def mask_files(folder: Path, test: list[tuple[Path, str]]) -> list[list[Path]]:
 
 
 def load_masks(
-    folder: Path,
-    test: list[tuple[Path, str]],
-    masks: list[list[Path]],
-    facts: list[Facts],
-    image_size: int,
+    folder: Path, test: Tests, masks: list[list[Path]], facts: list[Facts], image_size: int
 ) -> Tensor | None:
     """The masks as bool (N, S, S). None unless every defective image has one that can be right.
 

@@ -21,16 +21,9 @@ from sklearn.metrics import (
 
 
 def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
-    """Figures of scores (N,) at a threshold that no test label has touched.
-
-    An image is called defective when its score is greater than the threshold. f1_max is the best
-    F1 over all thresholds, an oracle; f1_trivial is the F1 of calling every image defective.
-    confusion counts the verdicts; positive means defective.
-    """
+    """Figures of scores (N,) and of verdicts at a threshold, as experiments/README.md explains."""
     verdicts = scores > threshold
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, verdicts, average="binary", zero_division=0
-    )
+    rates = precision_recall_fscore_support(labels, verdicts, average="binary", zero_division=0)
     bad, good = int(labels.sum()), int((labels == 0).sum())
     names = "true_negative", "false_positive", "false_negative", "true_positive"
     precisions, recalls, _ = precision_recall_curve(labels, scores)
@@ -38,9 +31,7 @@ def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
     return {
         "auroc": auroc(labels, scores),
         "average_precision": float(average_precision_score(labels, scores)),
-        "f1": float(f1),
-        "precision": float(precision),
-        "recall": float(recall),
+        **dict(zip(("precision", "recall", "f1"), map(float, rates))),
         "accuracy": float(accuracy_score(labels, verdicts)),
         "f1_max": float(np.max(f1s)),
         "f1_trivial": 2 * bad / (2 * bad + good),
@@ -73,10 +64,7 @@ def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
 
 
 def found(kinds: list[str], verdicts: np.ndarray) -> dict[str, dict[str, int]]:
-    """How many images of each kind but "good" are called defective, and how many there are.
-
-    kinds: of N images; verdicts: bool (N,).
-    """
+    """How many images of each kind but "good" are called defective, and how many there are."""
     groups = {k: verdicts[np.array(kinds) == k] for k in sorted(set(kinds) - {"good"})}
     return {kind: {"found": int(v.sum()), "images": len(v)} for kind, v in groups.items()}
 

@@ -15,11 +15,7 @@ from ganomaly.config import Config
 
 
 def channel_plan(image_size: int, width: int) -> list[int]:
-    """Channels of the maps of side image_size / 2, image_size / 4, ..., 4.
-
-    >>> channel_plan(64, 64)
-    [64, 128, 256, 512]
-    """
+    """Channels of the maps of side image_size / 2, image_size / 4, ..., 4."""
     # The authors double the channels at every level. Beyond 256 px that makes 735 million
     # parameters (512 px) and 2.9 billion (1024 px), so the channels of 256 px are the most.
     return [width * min(2**level, 32) for level in range(int(math.log2(image_size)) - 2)]
@@ -35,10 +31,7 @@ def leaky_relu() -> nn.Module:
 
 
 def downsampling(config: Config) -> nn.Sequential:
-    """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU.
-
-    The decoder mirrors these layers.
-    """
+    """Image (B, channels, S, S) -> features (B, channel_plan[-1], 4, 4), after LeakyReLU."""
     plan, width = channel_plan(config.image_size, config.width), config.width
     layers = [nn.Conv2d(config.channels, width, 4, 2, 1, bias=False), leaky_relu()]
     for _ in range(config.extra_layers):
@@ -98,10 +91,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(Encoder):
-    """Image (B, channels, S, S) -> (logit (B,), features (B, channel_plan[-1], 4, 4)).
-
-    An encoder to one number.
-    """
+    """An encoder to one number: x -> (logit (B,), features (B, channel_plan[-1], 4, 4))."""
 
     def __init__(self, config: Config):
         super().__init__(config.replace(latent_dim=1))
@@ -164,9 +154,7 @@ def initialise(network: nn.Module, rng: torch.Generator) -> None:
             nn.init.normal_(module.weight, 1.0, 0.02, generator=rng)
             nn.init.zeros_(module.bias)
         elif list(module.parameters(recurse=False)):
-            raise TypeError(
-                f"initialise() must draw the weights of {type(module).__name__} from rng"
-            )
+            raise TypeError(f"initialise() must draw the weights of {type(module).__name__}")
 
 
 def build(config: Config) -> dict[str, nn.Module]:

@@ -36,8 +36,9 @@ def walk(folder: Path, deep: bool = True) -> list[str]:
 
 
 def is_image(path: str) -> bool:
-    """By the suffix. No pipes, which have no end to read to."""
-    return Path(path).suffix.lower() in SUFFIXES and not Path(path).is_fifo()
+    """By the suffix. No pipes, which have no end to read to; a file that cannot be seen is one."""
+    known = Path(path).suffix.lower() in SUFFIXES
+    return known and (os.path.isfile(path) or not os.path.exists(path))
 
 
 def image_files(folder: Path, deep: bool = True) -> list[Path]:
@@ -59,8 +60,7 @@ def note_left_out(folder: Path, used: Iterable[str | Path]) -> None:
             reasons[f"in {os.path.relpath(os.path.dirname(path), folder)}"] += 1
     if reasons:
         counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(5))
-        text = f"{reasons.total()} left out of {folder}: {counts}"
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {reasons.total()} left out of {folder}: {counts}", file=sys.stderr)
 
 
 # A path, and a name for what is made of it: relative to the folder that was asked for. Both are

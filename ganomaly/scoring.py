@@ -1,9 +1,6 @@
 """Anomaly scores, maps of the anomaly, and their calibration on held-out normal images.
 
-A new score is one line in PLAIN_SCORES, in MAP_SCORES if it sums up a map of MAPS, or in
-FITTED_SCORES if it needs statistics of normal images. These are of scores or of z - z_hat; anything
-else needs a field in Measured and Raw. A new field of Statistics needs a default, so that older
-models can be read.
+A new field of Statistics needs a default, so that older models can be read.
 """
 
 import math
@@ -180,11 +177,7 @@ def mean_z(values: dict[str, Tensor], statistics: Statistics, names) -> Tensor:
 
 
 def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
-    """The larger of two standardised scores: (N,) float32.
-
-    The mean of gradient and comparator finds small defects, residual_wide finds large ones. One
-    high value is enough. A low value of the other cannot lower the result.
-    """
+    """The larger of a score for small defects and one for large ones: (N,) float32."""
     small = mean_z(raw.scores, statistics, ("gradient", "comparator"))
     return small.maximum(mean_z(raw.scores, statistics, ("residual_wide",)))
 
@@ -204,10 +197,9 @@ def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tens
 
 
 def heat_map(m: Measured, statistics: Statistics) -> Tensor:
-    """Anomaly of every pixel: (B, S, S), the mean of the maps PARTS on the scale of their scores.
+    """Anomaly of every pixel (B, S, S): mean of the maps PARTS on the scale of their scores.
 
-    0 is the mean peak of normal images, 1 is one standard deviation above it. The scale is the
-    same for all images, so their heat maps can be compared.
+    0 is the mean peak of normal images, 1 is one standard deviation above it.
     """
     return mean_z(m.maps, statistics, PARTS)
 
@@ -228,8 +220,8 @@ def fit(raw: Raw) -> Statistics:
 def calibrate(raw: Raw, seed: int) -> Calibration:
     """Statistics from all calibration images, scores from five folds.
 
-    Each image is scored with statistics of the other four folds. Without folds, statistics and
-    threshold would come from the same few images, and there would be far more false alarms.
+    Each image is scored with statistics of the other four folds. Without folds there would be far
+    more false alarms.
     """
     n = len(raw.gaps)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

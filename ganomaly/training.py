@@ -5,7 +5,6 @@ It knows nothing of folders: `recorder` keeps log records and checkpoints, and s
 
 import copy
 import hashlib
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganomaly import losses, replay
-from ganomaly.batches import Batches, fitted_scale, to_input
+from ganomaly.batches import batches, fitted_scale, to_input
 from ganomaly.config import Config
 from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError, flag
@@ -57,11 +56,9 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         network.to(device, memory_format=torch.channels_last).train()
     generator, discriminator = networks["generator"], networks["discriminator"]
     comparator = networks.get("comparator")
-    averages = {
-        name: copy.deepcopy(network).requires_grad_(False)
-        for name, network in networks.items()
-        if name != "discriminator"
-    }
+    averages = {n: copy.deepcopy(net) for n, net in networks.items() if n != "discriminator"}
+    for average in averages.values():
+        average.requires_grad_(False)
     adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     settings = dict(lr=config.lr, betas=(config.beta1, 0.999))
     weights_g, weights_d = list(generator.parameters()), list(discriminator.parameters())
@@ -74,13 +71,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
-    batches = Batches(images.to(device), config.batch_size, rng)
+    images, picks = images.to(device), batches(len(images), config.batch_size, rng)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
-    stateful |= {"scaler": scaler, "batches": batches}
-    corruption, n_corrupted = None, config.n_corrupted
+    stateful["scaler"] = scaler
+    corruption, rngs, n_corrupted = None, [], config.n_corrupted
     if n_corrupted:
-        corruption = Corruption(batches.images, config.seed ^ (1 << 30), scale)
-        stateful["corruption"] = corruption
+        corruption = Corruption(images, config.seed ^ (1 << 30), scale)
+        rngs = [corruption.host, corruption.rng]
     sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0
 
@@ -95,9 +92,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         for name, part in stateful.items():
             if state[name]:  # empty for a scaler that is off
                 part.load_state_dict(state[name])
+        for one, value in zip(rngs, state["rngs"]):
+            one.set_state(value)
         for name, value in state["sums"].items():
             sums[name].copy_(value)
         step, seconds = state["step"], state["seconds"]
+        for _ in range(step):  # the draws of the batches before
+            next(picks)
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)
 
@@ -158,7 +159,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     start = time.perf_counter()
     while step < config.steps:
         # A batch, of which the first n_corrupted images are corrupted; its order is random
-        x = to_input(batches.next(), device, scale)  # (B, C, S, S)
+        picked = next(picks).to(device, non_blocking=True)
+        x = to_input(images[picked], device, scale)  # (B, C, S, S)
         x_in, mask = x, x[:0, 0]
         if corruption is not None:
             corrupted, mask = corruption(x[:n_corrupted])
@@ -177,14 +179,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         if log or save:
             since = (step - 1) % LOG_EVERY + 1
             means = dict(zip(sums, (torch.stack([*sums.values()]) / since).tolist()))
-            if not all(math.isfinite(value) for value in means.values()):
-                bad = ", ".join(f"{k} {v:g}" for k, v in means.items() if not math.isfinite(v))
+            values = [*sums.values(), *(float_tensors(networks.values()) if save else [])]
+            if not torch.stack([value.isfinite().all() for value in values]).all():
+                text = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
                 raise UserError(
-                    f"loss not finite at step {step} ({bad}): lower --lr or take --amp fp32; "
-                    "the last checkpoint is kept"
+                    f"a loss or weight is not finite at step {step} (losses: {text}): lower --lr "
+                    "or take --amp fp32; the last checkpoint is kept"
                 )
-            if save and not all_finite(float_tensors(networks.values())):
-                raise UserError(f"weights not finite at step {step}: lower --lr or take --amp fp32")
             elapsed = seconds + time.perf_counter() - start
             speed = step * config.batch_size / elapsed
         if log:
@@ -197,6 +198,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             recorder.preview(step, {**networks, **averages}, scale)
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {"device": device.type, "images": fingerprint, "sums": dict(sums)}
+            state["rngs"] = [one.get_state() for one in rngs]
             recorder.save({**state, "step": step, "seconds": elapsed})
             seconds, start = elapsed, time.perf_counter()
 
@@ -207,11 +209,6 @@ def float_tensors(networks: Iterable[nn.Module]) -> list[Tensor]:
     """Every parameter and BatchNorm statistic of the networks, detached."""
     values = [value for network in networks for value in network.state_dict().values()]
     return [value for value in values if value.is_floating_point()]
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """One wait for the device."""
-    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

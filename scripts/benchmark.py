@@ -28,10 +28,9 @@ def main(argv=None) -> int:
     cli.add_list_flags(parser)
     cli.add_train_flags(parser, "local/<recipe>")
     args = parser.parse_args(argv)
-    recipe = cli.recipe_name(args)
     base = resolve({**cli.given_values(args), "category": None})
+    recipe = cli.recipe_name(args)
     folder = cli.experiment_folder(args)
-    cli.note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
         raise UserError("--force: several workers would train each other's runs anew; use one")
 

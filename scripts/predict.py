@@ -44,12 +44,8 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[standard output]")
-    parser.add_argument(
-        "--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each"
-    )
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first"
-    )
+    parser.add_argument("--heatmaps", type=Path, metavar="DIR", help="a heat map of each image")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="HTML, most anomalous first")
     cli.add_device_flag(parser)
     args = parser.parse_args(argv)
     args.begun = time.time()
