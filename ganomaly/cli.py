@@ -6,7 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from ganomaly import config as configuration
+from ganomaly import config
 from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, allowed, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import model_file
@@ -47,29 +47,23 @@ class Parser(argparse.ArgumentParser):
             )
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-
-
 def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") -> None:
     """Where images, experiments and the device are: no part of a config."""
-    parser.add_argument("--experiment", default=experiment, metavar="NAME", help=f"[{experiment}]")
-    parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]"
-    )
-    parser.add_argument("--download", action="store_true", help="fetch mnist or cifar10 if missing")
-    add_device_flag(parser)
-    parser.add_argument(
-        "--experiments-dir", type=Path, default=Path(os.path.relpath(RUNS)),
-        metavar="DIR", help="folder of the experiments [experiments]",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--experiment", default=experiment, metavar="NAME", help=f"folder [{experiment}]")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]")
+    add("--download", action="store_true", help="fetch mnist or cifar10 if missing")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    folder = os.path.relpath(RUNS)
+    add("--experiments-dir", type=Path, default=folder, metavar="DIR", help="[experiments]")
 
 
 def add_train_flags(parser: Parser, experiment: str = "local") -> None:
     """What to train, how, and where."""
-    parser.add_argument("--force", action="store_true", help="train anew, over what is there")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--deterministic", action="store_true", help="the same bytes on CUDA too")
+    add = parser.add_argument
+    add("--force", action="store_true", help="train anew, over what is there")
+    add("--dry-run", action="store_true", help="say what would be done, and stop")
+    add("--deterministic", action="store_true", help="on CUDA the same bytes in every run")
     add_place_flags(parser, experiment)
     parser.add_config_flags()
 
@@ -85,19 +79,19 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
     return args.categories or ([args.category] if args.category else None)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=model_file, required=True, metavar="FILE", help="model.pt")
-    help = f"{FIELDS['quantile'].metadata['help']} [as trained]"
-    parser.add_argument("--quantile", type=float, metavar="FLOAT", help=help)
-    parser.add_argument("--score", metavar="NAME", help="[the model's own]")
-
-
-def add_image_flag(parser: argparse.ArgumentParser) -> None:
-    """The images; see paths.find_images()."""
-    parser.add_argument(
-        "--images", required=True, nargs="+", metavar="PATH",
-        help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
-    )  # fmt: skip
+def add_model_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
+    """The model; with `images` also what it scores, see paths.find_images(), and where."""
+    add = parser.add_argument
+    add("--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt")
+    quantile = f"{FIELDS['quantile'].metadata['help']} [as trained]"
+    add("--quantile", type=float, metavar="FLOAT", help=quantile)
+    add("--score", metavar="NAME", help="[the model's own]")
+    if images:
+        add(
+            "--images", required=True, nargs="+", metavar="PATH",
+            help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
+        )  # fmt: skip
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
 
 
 def experiment_folder(args: argparse.Namespace) -> Path:
@@ -131,7 +125,7 @@ def given_values(args: argparse.Namespace) -> dict:
             recipes = sorted(path.parent.name for path in EXPERIMENTS.glob("*/config.json"))
             raise UserError(f"--recipe {recipe}: no such recipe; {nearest(recipe, recipes)}")
     if args.config:
-        values = dataclasses.asdict(configuration.load(args.config))
+        values = dataclasses.asdict(config.load_config(args.config))
         if args.dataset not in (None, values["dataset"]):
             values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
     given = {name: vars(args)[name] for name in FIELDS}

@@ -147,8 +147,7 @@ def resolve(values: dict) -> Config:
     # A category of None counts as not given
     given = {k: v for k, v in values.items() if not (k == "category" and v is None)}
     dataset = given.setdefault("dataset", "mvtec" if "category" in given else "digits")
-    defaults = DATASET_DEFAULTS.get(str(dataset), {})
-    return Config(**{**defaults, **given})
+    return Config(**{**DATASET_DEFAULTS.get(str(dataset), {}), **given})
 
 
 def from_json(text: str | bytes, source="config") -> Config:
@@ -167,7 +166,7 @@ def from_json(text: str | bytes, source="config") -> Config:
         raise UserError(f"{source}: not a JSON config: {error}") from None
 
 
-def load(path: Path) -> Config:
+def load_config(path: Path) -> Config:
     return from_json(path.read_bytes(), path)
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from ganomaly import config as configuration
 from ganomaly import scoring
 from ganomaly.batches import from_input, to_input
-from ganomaly.config import Config
+from ganomaly.config import Config, from_json
 from ganomaly.errors import UserError, out_of_memory, reason_of
 from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_odd, read_images
@@ -222,7 +221,7 @@ def load_detector(path, device: torch.device) -> Detector:
     path = model_file(path)
     try:
         state = read_torch(path)
-        config = configuration.from_json(state["config"])
+        config = from_json(state["config"])
         networks = build(config)
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])

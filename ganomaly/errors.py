@@ -106,5 +106,4 @@ def guard(main, argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # a closed pipe or a full disk. Python must not flush again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return 0 if code in (1, 2) and restarts else code
+    return 0 if code in (1, 2) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else code

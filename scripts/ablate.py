@@ -16,7 +16,7 @@ from ganomaly.errors import UserError, guard
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.experiment import runs_of
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
-from ganomaly.runs.results import Page, Table, csv_text, flat, markdown, score_columns, spread
+from ganomaly.runs.results import Page, csv_text, flat, markdown, score_columns, spread
 from ganomaly.training import resolve_amp
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
@@ -39,10 +39,9 @@ Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat me
 
 def main(argv=None) -> int:
     parser, names = cli.Parser(__doc__), [name for name, _ in ABLATIONS]
-    parser.add_argument("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]"
-    )
+    add = parser.add_argument
+    add("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]")
     cli.add_list_flags(parser)
     cli.add_train_flags(parser, "local/ablations-<recipe>")
     args = parser.parse_args(argv)
@@ -75,7 +74,8 @@ def main(argv=None) -> int:
     if evaluated:
         keys = {(metrics["category"], metrics["seed"]) for metrics in evaluated}
         runs = write_tables(folder)
-        print(markdown(page({k: m for k, m in runs.items() if k[0] in chosen and k[1:] in keys})))
+        shown = {"base", *chosen}
+        print(markdown(page({k: m for k, m in runs.items() if k[0] in shown and k[1:] in keys})))
         print(f"written {folder / 'results.md'}")
     return 1 if failed or len(evaluated) < len(finished) else 0
 
@@ -85,8 +85,7 @@ def slug(name: str) -> str:
 
 
 def changed(recipe: Config, changes: dict) -> Config:
-    values = {k: v(recipe) if callable(v) else v for k, v in changes.items()}
-    return recipe.replace(**values)
+    return recipe.replace(**{k: v(recipe) if callable(v) else v for k, v in changes.items()})
 
 
 def write_tables(folder: Path) -> Runs:
@@ -135,9 +134,9 @@ def page(runs: Runs) -> Page:
         "difference to the base run of the same category and seed. The last column is over "
         "categories and seeds together.",
         "\n".join(sorted({f"`{m.get('command')}`" for m in runs.values()})),
-        Table([*header, "difference, all"], rows),
+        ([*header, "difference, all"], rows),
         "Every score of the same runs, difference to the base run, over categories and seeds:",
-        Table(["ablation", *(key.removeprefix("auroc_") for key in scores)], every),
+        (["ablation", *(key.removeprefix("auroc_") for key in scores)], every),
     ]
 
 

@@ -63,8 +63,7 @@ def main(argv=None) -> int:
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
         results = experiment.read_results(folder, only=keys)
         print(markdown(experiment.page_of(folder, results, recipe)))
-        page = report_page(folder, args.data_root, device)
-        write_atomic(folder / "report.html", page)
+        write_atomic(folder / "report.html", report_page(folder, args.data_root, device))
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
 

@@ -25,10 +25,8 @@ from ganomaly.runs.results import promise
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    cli.add_image_flag(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
     parser.add_argument("--tta", help="test-time augmentation [as trained]", **cli.READ["bool"])
-    cli.add_device_flag(parser)
     args = parser.parse_args(argv)
 
     detector = load_detector(args.model, use_device(args.device))

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli, data
-from ganomaly import config as configuration
+from ganomaly.config import load_config, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, guard
 from ganomaly.files import locked
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     given = cli.given_values(args)
-    asked = configuration.resolve(given)
+    asked = resolve(given)
     folder = cli.experiment_folder(args)
 
     run = Run(folder, data.category_name(asked, args.data_root), asked)
@@ -37,7 +37,7 @@ def main(argv=None) -> int:
             "metrics.json; train it, or name its --experiment"
         )
     with locked(run.folder):  # another process may be training it anew
-        config = configuration.load(run.path("config.json"))
+        config = load_config(run.folder / "config.json")
         for name, value in given.items():
             if name != "score" and value not in (None, "auto", getattr(config, name)):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")

@@ -33,7 +33,7 @@ SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
-    cli.add_model_flags(parser)
+    cli.add_model_flags(parser, images=False)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[model.pt2 beside the model]")
     args = parser.parse_args(argv)
     output = args.output or args.model.with_suffix(".pt2")
@@ -44,12 +44,12 @@ def main(argv=None) -> int:
         raise UserError(f"export to ONNX needs {', '.join(ONNX)}: pip install {' '.join(ONNX)}")
 
     detector = load_detector(args.model, torch.device("cpu"))
-    c = detector.config
     detector.set_quantile(args.quantile, args.score)
+    c, side = detector.config, detector.config.image_size
     check_output(output, [args.model])
     if to_onnx and args.model.stat().st_size > 2e9:
         raise UserError(f"{args.model}: over 2 GB, too large for ONNX; name a .pt2 file")
-    images = torch.zeros(2, c.channels, c.image_size, c.image_size, dtype=torch.uint8)
+    images = torch.zeros(2, c.channels, side, side, dtype=torch.uint8)
     buffer = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of torch's own exporters
@@ -62,9 +62,8 @@ def main(argv=None) -> int:
             torch.export.save(program, buffer)
     write_output(output, buffer.getvalue())
     print(
-        f"{output}: uint8 (B, {c.channels}, {c.image_size}, {c.image_size}) -> "
-        f"{detector.config.score} scores (B,), verdicts (B,), heat maps (B, {c.image_size}, "
-        f"{c.image_size}); {promise(len(detector.normal), detector.config.quantile)}"
+        f"{output}: uint8 (B, {c.channels}, {side}, {side}) -> {c.score} scores (B,), verdicts "
+        f"(B,), heat maps (B, {side}, {side}); {promise(len(detector.normal), c.quantile)}"
     )
     return 0
 

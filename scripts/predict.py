@@ -10,6 +10,7 @@ since. After an interruption the same command goes on from there.
 import contextlib
 import csv
 import errno
+import itertools
 import os
 import sys
 import time
@@ -42,11 +43,10 @@ TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any 
 def main(argv=None) -> int:
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
-    cli.add_image_flag(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="[standard output]")
-    parser.add_argument("--heatmaps", type=Path, metavar="DIR", help="a heat map of each image")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="HTML, most anomalous first")
-    cli.add_device_flag(parser)
+    add = parser.add_argument
+    add("--output", type=Path, metavar="FILE", help="[standard output]")
+    add("--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each")
+    add("--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first")
     args = parser.parse_args(argv)
     args.begun = time.time()
 
@@ -65,10 +65,7 @@ def main(argv=None) -> int:
         check_heatmaps(args.heatmaps, args.images, items)
 
     seen: list[tuple[str, Facts]] = []
-    with open_rows(args, items, detector) as (rows, write):
-        for batch in judged(detector, items[len(rows) :], args.heatmaps, seen):
-            write(batch)
-            rows += batch
+    rows = write_rows(args, items, detector, seen)
     counts = Counter(verdict.partition(":")[0] for _, _, _, verdict, _ in rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
     note_odd([path for path, _ in seen], [facts for _, facts in seen], detector.kind)
@@ -86,13 +83,9 @@ def main(argv=None) -> int:
     return 1 if counts["unreadable"] else 0
 
 
-@contextlib.contextmanager
-def open_rows(args, items: list[Item], detector: Detector):
-    """Yield the rows that an interrupted run has written, and a function that writes more.
-
-    The caller adds to the rows what it writes. At the end they become the output file.
-    """
-    output, part, rows = args.output, None, []
+def write_rows(args, items: list[Item], detector: Detector, seen: list) -> list[list]:
+    """Score the images and write a row of each; those of an interrupted run come first."""
+    output, part, before, rows = args.output, None, [], []
     if output is None:
         opened = contextlib.nullcontext(sys.stdout)
     elif output.exists() and not output.is_file():  # a pipe or a device
@@ -103,24 +96,22 @@ def open_rows(args, items: list[Item], detector: Detector):
         opened = open(part, "a+", **TEXT)
     with path_in_error(part or output or Path("standard output")), opened as file:
         writer = csv.writer(file, lineterminator="\n")
-
-        def write(new: list) -> None:
-            if part:
-                new = [[*row, version_of(row[0], args.begun)] for row in new]
-            writer.writerows(new)
-            file.flush()
-
         if part:
             lock(file, f"{part}: another process is writing to this file")
             if file.tell():
-                rows = rows_before(file, items, detector, args)
-                text = f"going on after {len(rows)} of {len(items)} images; notes are on the others"
-                print(f"{part}: {text}", file=sys.stderr)
+                before = rows_before(file, items, detector, args)
+                text = f"going on after {len(before)} of {len(items)} images"
+                print(f"{part}: {text}; notes are on the others", file=sys.stderr)
             file.truncate(0)
         writer.writerow([*HEADER, version_of(args.model, args.begun)] if part else HEADER)
-        write(rows)
         try:
-            yield rows, write
+            others = judged(detector, items[len(before) :], args.heatmaps, seen)
+            for batch in itertools.chain([before], others):
+                rows += batch
+                if part:
+                    batch = [[*row, version_of(row[0], args.begun)] for row in batch]
+                writer.writerows(batch)
+                file.flush()
             if part:
                 write_atomic(output, csv_text(HEADER, rows))
                 part.unlink(missing_ok=True)
@@ -128,17 +119,20 @@ def open_rows(args, items: list[Item], detector: Detector):
             if part is None:
                 raise
             raise KeyboardInterrupt(f"{part} has the rows, the same command goes on") from None
+    return rows
 
 
 def version_of(path: str | Path, begun: float) -> str:
     """A text that changes when a file is changed, replaced or removed.
 
-    A file that has changed since the command began may have been read before. It has no version.
+    A file that has changed since the command began may have been read before. It has a version of
+    this command alone.
     """
     if not os.path.exists(path):
         return "none"
     state = os.stat(path)
-    return f"{state.st_ino}-{state.st_ctime_ns}" if state.st_ctime < begun else "changed"
+    version = state.st_ctime_ns if state.st_ctime < begun else f"changed after {begun}"
+    return f"{state.st_ino}-{version}"
 
 
 def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
@@ -159,7 +153,7 @@ def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
     for (path, name), row in zip(items, rows):
         if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(path, args.begun)]:
             break
-        if args.heatmaps and row[1] and not heatmap_of(args.heatmaps, name).exists():
+        if args.heatmaps and row[1] and not os.path.exists(heatmap_of(args.heatmaps, name)):
             break
         n += 1
     return [row[:5] for row in rows[: n - n % detector.batch]]
@@ -171,14 +165,13 @@ def check_heatmaps(folder: Path, places: list[str], items: list[Item]) -> None:
     real = Path(os.path.realpath(folder))
     for place in map(os.path.realpath, filter(os.path.isdir, places)):
         # Not in the place are "..", of a folder outside, and hidden folders, which nobody searches
-        outside = (part.startswith(".") for part in Path(os.path.relpath(real, place)).parts)
-        if real == Path(place) or not any(outside):
+        if not any(part.startswith(".") for part in Path(os.path.relpath(real, place)).parts):
             raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
     for path, name in items:
         target = heatmap_of(folder, name)
         if Path(os.path.realpath(path)).is_relative_to(real):
             raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
-        if target.exists() and not is_heatmap(target):
+        if os.path.exists(target) and not is_heatmap(target):
             raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"

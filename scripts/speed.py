@@ -25,14 +25,14 @@ from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ganomaly import cli
-from ganomaly.config import EXPERIMENTS, ROOT, Config, load, resolve
+from ganomaly.config import EXPERIMENTS, ROOT, Config, load_config, resolve
 from ganomaly.detector import Detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
 from ganomaly.files import write_atomic, write_json
 from ganomaly.networks import build
 from ganomaly.runs.provenance import provenance
-from ganomaly.runs.results import Page, Table, markdown
+from ganomaly.runs.results import Page, markdown
 from ganomaly.training import AMP, resolve_amp, train
 
 # Image size and batch size of trainings
@@ -116,7 +116,7 @@ def scoring(args) -> list[dict]:
     multiply-adds divided by the roof in float32."""
     rows, top = [], measure_roof(args.device, 1)["float32"]
     for recipe in ("paper", "calibrated"):
-        config = load(EXPERIMENTS / recipe / "config.json")
+        config = load_config(EXPERIMENTS / recipe / "config.json")
         scale = None if config.normalise == "none" else 1.0
         # Random weights are as fast as trained ones
         detector = Detector(build(config), config, args.device, scale)
@@ -148,7 +148,7 @@ def page(table: dict) -> Page:
         page += [
             f"## {part.capitalize()}",
             " ".join(PARTS[part].__doc__.split()),
-            Table([column.replace("_", " ") for column in columns], cells),
+            ([column.replace("_", " ") for column in columns], cells),
             f"`{origin['command']}`, {origin['cpu']}, {origin['device']}, torch {origin['torch']}",
         ]
     return page
@@ -189,8 +189,7 @@ def time_steps(device_name: str, seconds: float, values: dict) -> None:
         while done < 3 or time.perf_counter() < begun + seconds:
             yield
             done += 1
-        speed = done * values["batch_size"] / (timer() - begun)
-        print(json.dumps({"images_per_second": speed}))
+        print(json.dumps({"images_per_second": done * values["batch_size"] / (timer() - begun)}))
 
     train_on_noise(steps(), device, values)
 

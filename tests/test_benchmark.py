@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ganomaly.config import load
+from ganomaly.config import load_config
 
 from .conftest import ROOT, TINY, TINY_FLAGS, benchmark_words, folder_of, load_script
 from .outputs import printed, read_csv, read_json, refusal, results_of
@@ -67,6 +67,9 @@ def test_ablations_are_compared_by_seed_where_there_are_test_images(script, part
         expected = float(row["auroc"]) - base[row["seed"]]
         assert float(row["difference"]) == pytest.approx(expected, abs=2e-6)
     assert rows[-1]["auroc_comparator"] == "" and rows[0]["auroc_comparator"]
+    some = ["--only", "half the steps", "--seeds", 1, 2, "--categories", "parts"]
+    table = printed(script("ablate", *ablation_words(root, tmp_path, *some)))
+    assert "| base |" in table and "comparator |" not in table.partition("Every score")[0]
     config = read_json(folder / "half-the-steps/parts/seed1/config.json")
     assert config["steps"] == TINY["steps"] // 2
 
@@ -100,7 +103,7 @@ def test_what_a_recipe_does_not_have_is_not_taken_from_it(script, parts, tmp_pat
 
 def test_every_ablation_changes_the_recipe():
     ablate = load_script("ablate")
-    recipe = load(ROOT / "experiments/calibrated/config.json")
+    recipe = load_config(ROOT / "experiments/calibrated/config.json")
     configs = [ablate.changed(recipe, changes) for _, changes in ablate.ABLATIONS]
     assert configs[0] == recipe and len(set(configs)) == len(configs)
     assert len({ablate.slug(name) for name, _ in ablate.ABLATIONS}) == len(configs)

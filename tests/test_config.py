@@ -4,7 +4,7 @@ import pytest
 
 from ganomaly import config as configuration
 from ganomaly.cli import Parser, given_values
-from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, from_json, resolve
+from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, from_json, load_config, resolve
 from ganomaly.errors import UserError
 
 from .conftest import CHANGES, ROOT, committed
@@ -17,10 +17,10 @@ def parsed(*words: str) -> Config:
 
 
 def test_the_paper_recipe_is_the_defaults_and_no_recipe_fixes_the_precision():
-    recipe = configuration.load(ROOT / "experiments/paper/config.json")
+    recipe = load_config(ROOT / "experiments/paper/config.json")
     assert recipe == Config(checkpoint_every=250)  # more checkpoints, for its curves
     # A CPU without bf16 emulates it, and would take 14 to 25 times as long as in fp32
-    recipes = [configuration.load(path) for path in committed(":(glob)experiments/*/config.json")]
+    recipes = [load_config(path) for path in committed(":(glob)experiments/*/config.json")]
     assert {recipe.amp for recipe in recipes} == {"auto"}
 
 
@@ -32,7 +32,7 @@ def test_every_committed_recipe_and_run_config_is_complete_and_loads():
         # Every knob that there was; one that came later has its default there
         written = json.loads(path.read_text())
         assert written.keys() == paper.keys() <= FIELDS.keys(), path
-        assert written.items() <= vars(configuration.load(path)).items()
+        assert written.items() <= vars(load_config(path)).items()
 
 
 def test_dataset_follows_from_the_category_and_its_defaults_give_way_to_flags():

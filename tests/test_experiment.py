@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ganomaly.config import ROOT, Config, load
+from ganomaly.config import ROOT, Config, load_config
 from ganomaly.data import MVTEC
 from ganomaly.errors import UserError, describe
 from ganomaly.files import read_torch, write_atomic, write_torch
@@ -74,7 +74,7 @@ def test_the_committed_table_stands_beside_by_category_and_seed_and_no_name_brea
 
 
 def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
-    ours = load(ROOT / "experiments/paper/config.json")
+    ours = load_config(ROOT / "experiments/paper/config.json")
     row = read_csv(ROOT / "experiments/paper/results.csv")[0]
     run = run_metrics(row["category"], int(row["seed"]))
 

@@ -104,7 +104,6 @@ def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
         head += f'<text x="{x + 23}" y="{y}">{escape(name)}</text>'
     charts = []
     for category, curves in runs.items():
-        values = [v for curve in curves for points in curve.values() for v in points.values()]
         lines = []
         for name, colour in colours.items():
             seeds = [curve[name] for curve in curves if name in curve]
@@ -114,6 +113,6 @@ def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
             means = [statistics.fmean(points[step] for points in seeds) for step in steps]
             if steps:
                 lines.append((steps, means, f'stroke="{colour}" class="mean"'))
-        low = min([0.5, *(int(value * 10) / 10 for value in values)])
+        low = min([0.5, *(int(y * 10) / 10 for _, values, _ in lines for y in values)])
         charts.append(line_chart(lines, category, ("step", "AUROC"), low=low))
     return svg(charts, COLUMNS, head, top=40 + 18 * -(-len(names) // per_row))

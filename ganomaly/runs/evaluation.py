@@ -20,10 +20,7 @@ CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 
 
 def assess(detector: Detector, category: Category, training: dict, run: Run | None = None) -> dict:
-    """Score the test images; returns the metrics. With a run: writes scores.csv and metrics.json.
-
-    training: what metrics.json says of it.
-    """
+    """Score the test images; returns the metrics. A run gets scores.csv and metrics.json."""
     labels = category.test_labels
     scores = dict.fromkeys(detector.config.scores, torch.empty(0))
     if len(labels):
@@ -43,7 +40,7 @@ def assess(detector: Detector, category: Category, training: dict, run: Run | No
         **training,
     }
     if run:
-        write_json(run.path("metrics.json"), row)
+        write_json(run.folder / "metrics.json", row)
     return row
 
 
@@ -75,10 +72,7 @@ def figures(detector: Detector, category: Category, scores: dict) -> dict:
 
 
 def as_seen_by_network(pixels: Tensor, scale: float | None) -> np.ndarray:
-    """uint8 images (N, C, S, S) with their exposure removed where the network's is: float32.
-
-    In [0, 1] where nothing is removed.
-    """
+    """uint8 (N, C, S, S) -> float32, in [0, 1] or with the exposure removed as for the network."""
     if scale is None:
         return pixels.numpy().astype(np.float32) / 255
     return (to_input(pixels, torch.device("cpu"), scale) / 2 + 0.5).numpy()

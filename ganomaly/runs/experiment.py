@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ganomaly import config as configuration
-from ganomaly.config import EXPERIMENTS, Config
+from ganomaly.config import EXPERIMENTS, Config, differences, load_config
 from ganomaly.errors import UserError
 from ganomaly.files import locked, write_atomic
 from ganomaly.runs.charts import Curve, curves_svg, read_curve
@@ -21,7 +20,7 @@ def check_recipe(experiment: Path, config: Config) -> None:
     path = experiment / "config.json"
     if experiment.name == SCRATCH or not path.is_file():
         return
-    if changed := configuration.differences(recipe_of(config), recipe_of(configuration.load(path))):
+    if changed := differences(recipe_of(config), recipe_of(load_config(path))):
         raise UserError(f"{path} is another recipe: {', '.join(changed)}; {ANEW}")
 
 
@@ -63,7 +62,7 @@ def read_results(experiment: Path, only: Collection[tuple[str, int]] | None = No
             if metrics["score"] in curve and metrics["auroc"] is not None:
                 metrics[ORACLE] = max(metrics["auroc"], *curve[metrics["score"]].values())
     results.runs.sort(key=lambda m: (m["seed"], m["category"]))
-    results.one_recipe = not any(configuration.differences(one, recipes[0]) for one in recipes)
+    results.one_recipe = not any(differences(one, recipes[0]) for one in recipes)
     return results
 
 
@@ -75,30 +74,25 @@ def runs_of(experiment: Path) -> Iterator[tuple[Path, dict, Config]]:
     for path in sorted(experiment.glob("*/seed*/metrics.json")):
         try:
             metrics = read_metrics(path)
-            config = configuration.load(path.with_name("config.json"))
+            config = load_config(path.with_name("config.json"))
             name, seed = metrics["category"], metrics["seed"]
             if path.parent != run_folder(experiment, name, seed):
                 raise UserError(f"{path.parent}: a copy, of {name} seed {seed}")
+            yield path.parent, metrics, config
         except FileNotFoundError:
             continue
         except UserError as error:
             print(f"warning: not in the tables: {error}", file=sys.stderr)
-        else:
-            yield path.parent, metrics, config
 
 
 def write_results(experiment: Path, recipe: str | None = None) -> None:
-    """Rebuild results.csv, results.md and curves.svg from the files of the runs.
-
-    recipe: whose committed figures stand beside; see page_of.
-    """
+    """Rebuild results.csv, results.md and curves.svg from the runs. recipe: as in page_of."""
     with locked(experiment, wait=True):  # the last of several processes writes what all have done
         for path in experiment.glob(".*.tmp"):  # of a process that was killed
             path.unlink()
         results = read_results(experiment)
         if results.curves:
-            picture = curves_svg(experiment.name, results.curves)
-            write_atomic(experiment / "curves.svg", picture)
+            write_atomic(experiment / "curves.svg", curves_svg(experiment.name, results.curves))
         write_atomic(experiment / "results.csv", results_csv(results.runs, results.one_recipe))
         write_atomic(experiment / "results.md", markdown(page_of(experiment, results, recipe)))
 
@@ -116,7 +110,7 @@ def page_of(experiment: Path, results: Results, recipe: str | None = None) -> Pa
         for run in results.runs:
             run[REFERENCE] = figures.get((run["category"], run["seed"]))
         _, _, config = there[0]  # the recipe itself may leave the precision to the machine
-        other = ", ".join(configuration.differences(configuration.load(path), recipe_of(config)))
+        other = ", ".join(differences(load_config(path), recipe_of(config)))
         text = f"reference: the AUROC of the same category and seed in experiments/{folder.name}"
         text += f", made with another config: {other}." if other else "."
     return results_page(experiment.name, results.runs, results.one_recipe, text)

@@ -3,9 +3,9 @@
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -27,8 +27,7 @@ TRAINED, REEVALUATED, DONE_BEFORE = "trained", "evaluated again", "done before" 
 Jobs = dict[str, tuple[Config, Path]]  # a name -> a run's config and its experiment's folder
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What a command says that is no part of a config."""
 
     data_root: Path | None
@@ -64,8 +63,7 @@ def outcome_of(run: Run, setting: Setting) -> str:
         return TRAINED
     before = run.metrics()
     if changed := changed_code(before["provenance"].get("code")):
-        message = f"{run.name}: trained by other code ({changed} changed since)"
-        raise UserError(f"{message}; {ANEW}")
+        raise UserError(f"{run.name}: trained by other code ({changed} changed since); {ANEW}")
     hashes = checked_hashes(run.config, setting.data_root, before)
     same = before["provenance"].get("test_images") == hashes.get("test_images")
     return DONE_BEFORE if same else REEVALUATED
@@ -78,7 +76,7 @@ def plan(run: Run, setting: Setting) -> str:
         action = "finished, left alone"
     elif outcome == REEVALUATED:
         action = "evaluate again, its test images changed"
-    elif run.path("last.pt").is_file() and not setting.force:
+    elif (run.folder / "last.pt").is_file() and not setting.force:
         action = f"go on from its checkpoint to step {steps}"
     else:
         action = f"train {steps} steps" + (" anew" if setting.force else "")
@@ -132,7 +130,7 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
         detector = Detector(trained.networks, config, device, trained.scale, **of_images)
         detector.calibrate(category.calibration)
         # model.pt comes first: if a figure or a picture fails, the model is kept
-        write_torch(run.path("model.pt"), detector.state())
+        write_torch(run.folder / "model.pt", detector.state())
         shown = category.calibration[:8]
         if len(category.test_labels):
             shown = category.test[evaluation.samples_of(category.test_labels)]
@@ -143,7 +141,7 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
             "provenance": origin,
         }
         metrics = evaluation.assess(detector, category, training, run)
-        run.path("last.pt").unlink(missing_ok=True)  # a kill before this line costs only its space
+        (run.folder / "last.pt").unlink(missing_ok=True)  # a kill before this costs only its space
         return metrics
     except KeyboardInterrupt:
         message = "the same command, without --force, goes on from the last checkpoint"
@@ -172,7 +170,7 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     others now.
     """
     before = run.metrics()
-    detector = load_detector(run.path("model.pt"), setting.device)
+    detector = load_detector(run.folder / "model.pt", setting.device)
     config = detector.config
     use_threads(config.threads)
     hashes = checked_hashes(config, setting.data_root, before)
@@ -182,7 +180,7 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     if changed_code(before["provenance"].get("code")):
         detector.calibrate(category.calibration)
         if own_score:
-            write_torch(run.path("model.pt"), detector.state())
+            write_torch(run.folder / "model.pt", detector.state())
     training = {key: before[key] for key in results.TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
     if not own_score:
@@ -190,7 +188,7 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
         return evaluation.assess(detector, category, training)
     metrics = evaluation.assess(detector, category, training, run)
     if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
-        run.path("curve.csv").unlink(missing_ok=True)
+        (run.folder / "curve.csv").unlink(missing_ok=True)
     return metrics
 
 

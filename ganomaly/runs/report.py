@@ -23,7 +23,7 @@ from ganomaly.errors import UserError
 from ganomaly.images import read_images
 from ganomaly.runs import charts, pictures
 from ganomaly.runs.experiment import page_of, read_results
-from ganomaly.runs.results import Page, Table, verdicts_of
+from ganomaly.runs.results import Page, verdicts_of
 from ganomaly.runs.run import run_folder
 
 ERRORS = 6  # images of each kind
@@ -82,7 +82,7 @@ def report_page(folder: Path, data_root: Path | None, device: torch.device) -> s
 
 def blocks(page: Page) -> list[str]:
     heading = escape(page[0])
-    texts = [html_table(*b) if isinstance(b, Table) else f"<p>{escape(b)}" for b in page[1:]]
+    texts = [f"<p>{escape(b)}" if isinstance(b, str) else html_table(*b) for b in page[1:]]
     return [f"<title>{heading}</title><h1>{heading}</h1>", *texts]
 
 
@@ -134,8 +134,7 @@ def figure(content: str, caption: str) -> str:
 
 
 def image(content: bytes, kind: str, alt: str) -> str:
-    text = base64.b64encode(content).decode()
-    return f'<img alt="{alt}" src="data:image/{kind};base64,{text}">'
+    return f'<img alt="{alt}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:

@@ -6,7 +6,6 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.runs.published import PUBLISHED
@@ -50,18 +49,13 @@ COLUMNS = {
 }
 
 
-class Table(NamedTuple):
-    header: list[str]
-    rows: list[list[str]]
-
-
-# A page is a list of blocks: its heading, paragraphs and tables
-Page = list["str | Table"]
+Table = tuple[list[str], list[list[str]]]  # header and rows
+Page = list[str | Table]  # its heading, then paragraphs and tables
 
 
 def markdown(page: Page) -> str:
     heading, *blocks = page
-    texts = [markdown_table(*b) if isinstance(b, Table) else f"{b}\n" for b in blocks]
+    texts = [f"{b}\n" if isinstance(b, str) else markdown_table(*b) for b in blocks]
     return "\n".join([f"# {heading}\n", *texts])
 
 
@@ -76,9 +70,7 @@ def csv_text(header: list[str], rows: Iterable[Iterable]) -> str:
     """A table as CSV; floats to six digits."""
     text = io.StringIO()
     cells = ([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(cells)
+    csv.writer(text, lineterminator="\n").writerows([header, *cells])
     return text.getvalue()
 
 
@@ -154,10 +146,9 @@ def results_page(name: str, runs: list[dict], one_recipe: bool = True, reference
     evaluated = [row for row in rows if row["auroc"] is not None]
     if not evaluated:
         return page
-    means = mean_rows(rows) if one_recipe else []
+    shown = evaluated + (mean_rows(rows) if one_recipe else [])
     for row in [] if one_recipe else evaluated:
         row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
-    shown = evaluated + means
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     scores = ", ".join(sorted({row["score"] for row in evaluated}))
     page.append(
@@ -186,7 +177,7 @@ def table(columns: dict[str, str], rows: list[dict], published: dict[str, dict])
         figures = [[r[key] for r in mine if r.get(key) is not None] for key in columns.values()]
         figures += [[other[category]] if category in other else [] for other in published.values()]
         lines.append([category, *map(spread, figures)])
-    return Table(["category", *columns, *published], lines)
+    return ["category", *columns, *published], lines
 
 
 def verdicts_of(m: dict) -> dict[str, str]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ganomaly import config as configuration
-from ganomaly.config import Config
+from ganomaly.config import Config, differences, load_config
 from ganomaly.errors import UserError, flag
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs.pictures import encoded, panel
@@ -45,22 +44,18 @@ class Run:
         self.name = f"{category} seed {config.seed}"
         self.folder = run_folder(experiment, category, config.seed)
 
-    def path(self, name: str) -> Path:
-        return self.folder / name
-
     @property
     def finished(self) -> bool:
-        return self.path("metrics.json").is_file() and self.path("model.pt").is_file()
+        return (self.folder / "metrics.json").is_file() and (self.folder / "model.pt").is_file()
 
     def check(self) -> None:
         """UserError where the folder holds a run of another config, or where its config is gone."""
-        path = self.path("config.json")
+        path = self.folder / "config.json"
         if not path.is_file():
-            if self.finished or self.path("last.pt").is_file():
+            if self.finished or (self.folder / "last.pt").is_file():
                 raise UserError(f"{path} is gone; {flag('--force')} trains this run anew")
-        elif changed := configuration.differences(self.config, configuration.load(path)):
-            message = f"{self.folder} was made with another config: {', '.join(changed)}"
-            raise UserError(f"{message}; {ANEW}")
+        elif changed := differences(self.config, load_config(path)):
+            raise UserError(f"{self.folder} is of another config: {', '.join(changed)}; {ANEW}")
 
     def begin(self, anew: bool) -> None:
         """Make the folder ready. With `anew`, nothing of an older run stays.
@@ -71,24 +66,24 @@ class Run:
         for pattern in FILES if anew else FILES[:3]:
             for path in self.folder.glob(pattern):
                 path.unlink()
-        write_atomic(self.path("config.json"), self.config.to_json())
+        write_atomic(self.folder / "config.json", self.config.to_json())
 
     def metrics(self) -> dict:
-        return read_metrics(self.path("metrics.json"))
+        return read_metrics(self.folder / "metrics.json")
 
     def write_scores(self, category, scores: dict[str, Tensor]) -> None:
         """scores.csv: a row a test image, raw float32 scores."""
         columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
         rows = zip(category.test_paths, category.test_defects, category.test_labels, *columns)
         header = ["path", "defect", "label", *scores]
-        write_atomic(self.path("scores.csv"), csv_text(header, rows))
+        write_atomic(self.folder / "scores.csv", csv_text(header, rows))
 
     def write_samples(self, o: Outputs) -> None:
         """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
         pixels = (panel(o.x, o.x_hat) * 255).round().byte().permute(1, 2, 0).numpy()
         image, scale = Image.fromarray(pixels), max(1, 64 // self.config.image_size)
         larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
-        write_atomic(self.path("samples.png"), encoded(larger))
+        write_atomic(self.folder / "samples.png", encoded(larger))
 
 
 def read_metrics(path: Path) -> dict:
@@ -98,10 +93,8 @@ def read_metrics(path: Path) -> dict:
         if missing := METRICS - metrics.keys():
             raise ValueError(f"no {min(missing)}")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not a complete metrics.json ({error}); remove it, and the command of that "
-            "run makes it again"
-        ) from None
+        text = f"{path}: not a complete metrics.json ({error}); remove it and train again"
+        raise UserError(text) from None
     return {**EMPTY, **metrics}  # an older run may lack a newer figure
 
 
@@ -109,14 +102,13 @@ class Recorder:
     """What train() asks for: checkpoints, log, looks and progress, in the folder of a run."""
 
     def __init__(self, run: Run, look: Callable, bar: tqdm):
-        """look: evaluation.look of networks and scale; bar: shows the progress."""
         self.run, self.look, self.progress = run, look, bar
         self.board: SummaryWriter | None = None
         self.curve: list[list] = []  # rows of curve.csv
 
     def load(self) -> dict | None:
         """The last checkpoint, or None; log.jsonl and TensorBoard go on from its step."""
-        path, state, step = self.run.path("last.pt"), None, 0
+        path, state, step = self.run.folder / "last.pt", None, 0
         if path.is_file():
             try:
                 state = read_torch(path)
@@ -127,7 +119,7 @@ class Recorder:
             self.curve, step = state["curve"], state["step"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
             skip(self.progress, step)
-        log = self.run.path("log.jsonl")
+        log = self.run.folder / "log.jsonl"
         lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
         write_atomic(log, "".join(lines[: step // LOG_EVERY]))
         self.board = SummaryWriter(self.run.folder, purge_step=step + 1)
@@ -135,11 +127,11 @@ class Recorder:
         return state
 
     def save(self, state: dict) -> None:
-        write_torch(self.run.path("last.pt"), {**state, "code": code(), "curve": self.curve})
+        write_torch(self.run.folder / "last.pt", {**state, "code": code(), "curve": self.curve})
 
     def log(self, record: dict) -> None:
         step = record["step"]
-        with open(self.run.path("log.jsonl"), "a", encoding="utf-8") as file:
+        with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for key in record.keys() - {"step"}:
             group = "speed" if key == "images_per_second" else "loss"
@@ -159,7 +151,7 @@ class Recorder:
         aurocs, o = self.look(networks, scale)
         if aurocs:
             self.curve.append([step, *aurocs.values()])
-            write_atomic(self.run.path("curve.csv"), csv_text(["step", *aurocs], self.curve))
+            write_atomic(self.run.folder / "curve.csv", csv_text(["step", *aurocs], self.curve))
         for name, value in aurocs.items():
             self.board.add_scalar(f"auroc/{name}", value, step)
         self.board.add_image("reconstructions", panel(o.x, o.x_hat), step)
