@@ -138,7 +138,7 @@ class Detector:
         UserError names the files that cannot be read. ValueError names the tensor that is needed.
         """
         c = self.config
-        if isinstance(images, np.ndarray):
+        if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":  # no array of paths
             images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
             several = isinstance(images, Iterable) and not isinstance(images, str)

@@ -1,11 +1,12 @@
 """Image files of any kind -> square uint8 pixels, decoded by threads."""
 
+import contextlib
 import math
 import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,9 +49,26 @@ class Kind(NamedTuple):
     colour: tuple[float, float] = (0.0, math.inf)  # smallest and largest, see Facts
 
 
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A file as a Pillow image. Of a path, Pillow would map a turned TIFF in another shape."""
+    with open(path, "rb") as file:
+        try:
+            Image.open(file, formats=FORMATS).verify()
+        except UnidentifiedImageError:
+            raise ValueError("no image of a format that is read") from None
+        except Exception as error:
+            if "IDAT" in str(error):  # the checksum of a PNG's pixels, which reading ignores
+                raise
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+
+
 def levels_of(image: Image.Image) -> np.ndarray | None:
     """The levels of a 16-bit image, (h, w) or (h, w, C); None for an image of 8 bits."""
     if image.mode[0] in "IF":  # grey
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # Pillow does not turn it round
+            raise ValueError("a 16-bit TIFF whose white is 0 is not read; save as PNG")
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65_535:
             raise ValueError("32-bit pixels have no known range; save as 8 or 16 bits")
@@ -59,9 +77,10 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
         if image.format == "TIFF" and 16 in (image.tag_v2.get(258) or ()):
             raise ValueError("a 16-bit TIFF of separate planes is not read; save as PNG")
         return None
+    file = image.fp  # None after the next line
     high = np.asarray(image)[..., :3].astype(np.int32)  # Pillow keeps one byte; no alpha channel
     try:
-        with Image.open(image.filename, formats=FORMATS) as other:
+        with Image.open(file, formats=FORMATS) as other:
             other.tile = [(*tile[:3], swapped(tile[3])) for tile in other.tile]
             return 256 * high + np.asarray(other)[..., :3]
     except Exception:  # grey with alpha, or a compressed TIFF
@@ -118,7 +137,7 @@ def read_image(
     try:
         if Path(path).is_fifo():  # opening it would wait for a writer
             return "a pipe, not a file"
-        with Image.open(path, formats=FORMATS) as image:
+        with opened(path) as image:
             return to_pixels(image, image_size, channels, full_scale)
     except MemoryError:
         raise

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ganomaly.images import ALIKE, FORMATS, Facts
+from ganomaly.images import ALIKE, Facts, opened
 from ganomaly.paths import image_files
 
 MASK_FOLDERS = ("ground_truth", "masks")
@@ -83,7 +83,7 @@ def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray |
     whole = np.zeros((image_size, image_size), bool)
     for path in paths:
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with opened(path) as image:
                 pixels = mask_pixels(ImageOps.exif_transpose(image))
         except Exception as error:  # damaged files raise errors of any kind
             return f"{path.name}: {error}"
@@ -98,7 +98,7 @@ def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray |
 
 
 def mask_pixels(image: Image.Image) -> np.ndarray:
-    """bool (h, w): nonzero in a mask of few levels, else the upper half of the levels.
+    """bool (h, w): nonzero in a mask of few or low levels, else the upper half of the levels.
 
     So 1 and 255 both mean defective, and the noise of a JPEG does not. Of a mask that varies in
     its alpha channel only, this channel is taken.
@@ -110,4 +110,5 @@ def mask_pixels(image: Image.Image) -> np.ndarray:
     else:
         levels = np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB"))
         levels = levels.max(2) if levels.ndim == 3 else levels
-    return levels > 0 if len(np.unique(levels)) <= FEW_LEVELS else levels > levels.max() / 2
+    few = len(np.unique(levels)) <= FEW_LEVELS or levels.max() < 128  # numbers of defects
+    return levels > 0 if few else levels > levels.max() / 2

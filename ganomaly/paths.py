@@ -84,7 +84,7 @@ def find_images(text: str) -> list[Item]:
         if not lines:
             raise UserError("--images -: no paths came through the pipe")
         return [one_item(Path(line)) for line in lines]
-    if path.is_dir():
+    if text and path.is_dir():
         inside = [p for p in walk(path) if is_image(p) or os.path.isdir(p)]
         note_left_out(path, inside)
         if not inside:
@@ -95,7 +95,7 @@ def find_images(text: str) -> list[Item]:
     matches = [match for match in sorted(glob.glob(text, recursive=True)) if is_image(match)]
     found = [one_item(Path(match)) for match in matches if os.path.isfile(match)]
     if not found:
-        raise UserError(f"{text}: no such image or folder; as a pattern, no image matches it")
+        raise UserError(f"'{text}': no such image or folder; as a pattern, no image matches it")
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli, data
-from ganomaly.config import Config, resolve
+from ganomaly.config import Config, differences, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, guard
 from ganomaly.files import locked, write_atomic
@@ -90,11 +90,19 @@ def changed(recipe: Config, changes: dict) -> Config:
 
 def write_tables(folder: Path) -> Runs:
     """results.csv and results.md of all evaluated runs that are there; returns these runs."""
-    runs = {}
+    runs, bases = {}, {}
     with locked(folder, wait=True):
-        for name, _ in ABLATIONS:
-            for _, metrics, _ in runs_of(folder / slug(name)):
-                if metrics["auroc"] is not None:
+        for name, changes in ABLATIONS:
+            for path, metrics, config in runs_of(folder / slug(name)):
+                key = metrics["category"], metrics["seed"]
+                images = [metrics["provenance"].get(f"{part}_images") for part in ("train", "test")]
+                if name == "base":
+                    bases[key] = config, images
+                base, base_images = bases.get(key, (None, None))
+                if base and (images != base_images or differences(config, changed(base, changes))):
+                    text = f"{path}: made of another recipe or other images than its base run"
+                    print(f"warning: not in the table: {text}", file=sys.stderr)
+                elif metrics["auroc"] is not None:
                     runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
         scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():

@@ -15,7 +15,7 @@ from ganomaly import cli, data
 from ganomaly.config import FOLDERS, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, flag, guard
-from ganomaly.files import write_atomic
+from ganomaly.files import locked, write_atomic
 from ganomaly.runs import experiment, pipeline
 from ganomaly.runs.report import report_page
 from ganomaly.runs.results import markdown
@@ -63,7 +63,8 @@ def main(argv=None) -> int:
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
         results = experiment.read_results(folder, only=keys)
         print(markdown(experiment.page_of(folder, results, recipe)))
-        write_atomic(folder / "report.html", report_page(folder, args.data_root, device))
+        with locked(folder, wait=True):
+            write_atomic(folder / "report.html", report_page(folder, args.data_root, device))
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
 

@@ -38,7 +38,8 @@ def main(argv=None) -> int:
     images, facts = read_images(paths, config.image_size, config.channels, detector.kind.full_scale)
     note_odd(paths, facts, detector.kind)
     distinct = {mark: i for i, mark in enumerate(fingerprints(images))}
-    new = sorted(distinct[mark] for mark in distinct.keys() - set(detector.trained_on))
+    # Sorted, as the folds follow their order
+    new = [distinct[mark] for mark in sorted(distinct.keys() - set(detector.trained_on))]
     if copies := len(paths) - len(distinct):
         print(f"note: {copies} copies of others are left out", file=sys.stderr)
     if trained := len(distinct) - len(new):

@@ -103,7 +103,7 @@ def write_rows(args, items: list[Item], detector: Detector, seen: list) -> list[
                 text = f"going on after {len(before)} of {len(items)} images"
                 print(f"{part}: {text}; notes are on the others", file=sys.stderr)
             file.truncate(0)
-        writer.writerow([*HEADER, version_of(args.model, args.begun)] if part else HEADER)
+        writer.writerow(header_of(args) if part else HEADER)
         try:
             others = judged(detector, items[len(before) :], args.heatmaps, seen)
             for batch in itertools.chain([before], others):
@@ -135,19 +135,24 @@ def version_of(path: str | Path, begun: float) -> str:
     return f"{state.st_ino}-{version}"
 
 
+def header_of(args) -> list[str]:
+    """The first row of an unfinished output: another command has another one."""
+    return [*HEADER, version_of(args.model, args.begun), str(args.heatmaps)]
+
+
 def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
     """The rows that an interrupted run of the same command has written.
 
-    None if the model is another one now. They end where an image is another one. The last row may
-    be cut. Only whole batches count, as the last digits of a score depend on the others of its
-    batch.
+    None if the model or the folder of heat maps is another one now. They end where an image is
+    another one. The last row may be cut. Only whole batches count, as the last digits of a score
+    depend on the others of its batch.
     """
     file.seek(0)
     try:
         header, *rows = list(csv.reader(file))[:-1] or [[]]
     except csv.Error:
         return []
-    if header != [*HEADER, version_of(args.model, args.begun)]:
+    if header != header_of(args):
         return []
     threshold, n = f"{detector.threshold:.9g}", 0
     for (path, name), row in zip(items, rows):

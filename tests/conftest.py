@@ -113,7 +113,7 @@ def add_masks(
             bar = np.asarray(image.convert("L")) > 240
         target = root / top / "a_bar" / name.format(path.stem)
         target.parent.mkdir(parents=True, exist_ok=True)
-        levels = (bar * white).astype(np.uint8 if white < 256 else np.uint16)
+        levels = (bar * white).astype(np.uint8 if np.max(white) < 256 else np.uint16)
         image = Image.fromarray(levels).resize(size, Image.Resampling.NEAREST)
         if alpha:
             image = Image.merge("RGBA", [Image.new("L", size)] * 3 + [image])

@@ -26,19 +26,22 @@ EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"  # non
 NOTES = PngImagePlugin.PngInfo()
 NOTES.add_text("report", "x" * 3_000_000, zip=True)
 RAMP = np.arange(1600).reshape(40, 40)
+GREY_16 = Image.fromarray(RAMP.astype(np.uint16))
 MORE = dict(save_all=True, append_images=[Image.new("RGB", (40, 40))])
 # name, content, what its row says: a part of the reason, or None where it is read
 IMAGES = [
-    ("zero.png", b"", "cannot identify"),
-    ("text.png", b"hello", "cannot identify"),
-    ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot"),
+    ("zero.png", b"", "no image of a format"),
+    ("text.png", b"hello", "no image of a format"),
+    ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no image"),
     ("cut.png", packed("png")[:900], "truncated"),
+    ("zeros.png", packed("png")[:4000] + bytes(1000), "IDAT"),
     ("cut.webp", packed("webp")[:300], ""),
     ("crc.png", packed("png").replace(b"IDAT", b"IDAX", 1), ""),
     ("too_large.png", packed("png", Image.new("RGB", (100, 100))), "exceeds limit"),
     ("float.tif", packed("tiff", Image.fromarray(RAMP.astype(np.float32))), "32-bit"),
     ("negative.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) - 800)), "32-bit"),
     ("wide.tif", packed("tiff", Image.fromarray(RAMP.astype(np.int32) + 70_000)), "32-bit"),
+    ("inverted.tif", packed("tiff", GREY_16, tiffinfo={262: 0}), "white is 0"),
     ("moving.webp", packed("webp", **MORE), None),
     ("really_a_gif.png", packed("gif", **MORE), None),
     *((name, packed("png"), None) for name in (

@@ -70,6 +70,9 @@ def test_ablations_are_compared_by_seed_where_there_are_test_images(script, part
     some = ["--only", "half the steps", "--seeds", 1, 2, "--categories", "parts"]
     table = printed(script("ablate", *ablation_words(root, tmp_path, *some)))
     assert "| base |" in table and "comparator |" not in table.partition("Every score")[0]
+    words = ["--only=base", "--seeds=1", "--categories=parts", "--steps=9", "--force"]
+    _, out, err = script("ablate", *ablation_words(root, tmp_path, *words))
+    assert err.count("another recipe or other images than its base run") == 2
     config = read_json(folder / "half-the-steps/parts/seed1/config.json")
     assert config["steps"] == TINY["steps"] // 2
 

@@ -66,12 +66,14 @@ def test_every_mode_is_read_at_its_full_range_without_a_warning(tmp_path, mode, 
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    upright = Image.fromarray(np.kron([[0, 255], [0, 0]], np.ones((20, 20))).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate 90 degrees clockwise to show
-    upright.rotate(90).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    pixels = read_image(tmp_path / "a.jpg", 32, 1)[0][0]
-    assert pixels[5:10, 22:27].mean() > 240 and pixels[22:27].mean() < 15
+    for name, white, depth in (("a.jpg", 255, np.uint8), ("a.tif", 255, np.uint8),
+                               ("b.tif", 65_535, np.uint16)):  # fmt: skip
+        upright = np.kron([[0, white], [0, 0]], np.ones((20, 30)))
+        Image.fromarray(np.rot90(upright).astype(depth)).save(tmp_path / name, exif=exif)
+        pixels = read_image(tmp_path / name, 32, 1)[0][0]
+        assert pixels[5:10, 22:27].mean() > 240 and pixels[22:27].mean() < 15, name
 
 
 def test_labels_come_from_the_name_good(tmp_path):

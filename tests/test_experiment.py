@@ -104,6 +104,13 @@ def test_a_recipe_may_leave_the_precision_to_the_machine(tmp_path):
         experiment.check_recipe(tmp_path, Config(amp="fp32", steps=7))
 
 
+def test_seeds_of_other_test_images_have_no_mean(tmp_path):
+    for seed in (1, 2):
+        metrics = run_metrics("bottle", seed, provenance={"test_images": "abc"[: 4 - seed]})
+        write_run(tmp_path / f"bottle/seed{seed}", metrics)
+    assert experiment.read_results(tmp_path).one_recipe is False
+
+
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
     assert len(rows_of(mixed, one_recipe=False)) == 2

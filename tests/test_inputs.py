@@ -106,7 +106,7 @@ def test_a_model_keeps_the_range_and_tells_of_brighter_images(tmp_path, script):
     [
         dict(name="{}.bmp"), dict(name="{}_mask.PNG"), dict(name="{}_GT.png"), dict(white=1),
         dict(name="{}_mask.jpg"), dict(name="{}/000.png"), dict(top="masks"), dict(size=(80, 80)),
-        dict(white=60_000), dict(alpha=True),
+        dict(white=60_000), dict(alpha=True), dict(white=np.arange(1, 41)),
     ],
     ids=str,
 )  # fmt: skip

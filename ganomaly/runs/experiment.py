@@ -32,7 +32,8 @@ def write_recipe(experiment: Path, config: Config, force: bool) -> None:
     """
     path = experiment / "config.json"
     if experiment.name != SCRATCH and (force or not path.is_file()):
-        write_atomic(path, recipe_of(config).to_json())
+        with locked(experiment, wait=True):
+            write_atomic(path, recipe_of(config).to_json())
 
 
 def recipe_of(config: Config) -> Config:
@@ -45,7 +46,7 @@ class Results:
     """What the tables of an experiment are made of."""
 
     runs: list[dict]  # metrics, by seed and category; ORACLE among them where there is a curve
-    one_recipe: bool  # all of one recipe; `local` may hold several, and then there are no means
+    one_recipe: bool  # and of the same test images; if not, as in `local`, there are no means
     curves: dict[str, list[Curve]]  # by category, one a seed
 
 
@@ -62,7 +63,9 @@ def read_results(experiment: Path, only: Collection[tuple[str, int]] | None = No
             if metrics["score"] in curve and metrics["auroc"] is not None:
                 metrics[ORACLE] = max(metrics["auroc"], *curve[metrics["score"]].values())
     results.runs.sort(key=lambda m: (m["seed"], m["category"]))
-    results.one_recipe = not any(differences(one, recipes[0]) for one in recipes)
+    test_sets = {(m["category"], m["provenance"].get("test_images")) for m in results.runs}
+    one_set = len(test_sets) == len({m["category"] for m in results.runs})
+    results.one_recipe = one_set and not any(differences(one, recipes[0]) for one in recipes)
     return results
 
 

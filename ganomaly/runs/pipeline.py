@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ganomaly import data
-from ganomaly.config import Config
+from ganomaly.config import Config, differences, load_config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, out_of_memory
@@ -172,6 +172,8 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     before = run.metrics()
     detector = load_detector(run.folder / "model.pt", setting.device)
     config = detector.config
+    if changed := differences(load_config(run.folder / "config.json"), config):
+        raise UserError(f"{run.folder}/model.pt is of another config: {', '.join(changed)}; {ANEW}")
     use_threads(config.threads)
     hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)

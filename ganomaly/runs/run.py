@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ganomaly.config import Config, differences, load_config
+from ganomaly.config import Config, differences, from_json, load_config
 from ganomaly.errors import UserError, flag
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs.pictures import encoded, panel
@@ -116,6 +116,8 @@ class Recorder:
                 raise UserError(f"{path}: damaged; remove it, and training starts anew") from None
             if changed := changed_code(state.get("code")):
                 raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
+            if changed := differences(self.run.config, from_json(state["config"])):
+                raise UserError(f"{path} is of another config: {', '.join(changed)}; {ANEW}")
             self.curve, step = state["curve"], state["step"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
             skip(self.progress, step)
@@ -127,7 +129,8 @@ class Recorder:
         return state
 
     def save(self, state: dict) -> None:
-        write_torch(self.run.folder / "last.pt", {**state, "code": code(), "curve": self.curve})
+        state |= {"config": self.run.config.to_json(), "code": code(), "curve": self.curve}
+        write_torch(self.run.folder / "last.pt", state)
 
     def log(self, record: dict) -> None:
         step = record["step"]
