@@ -63,8 +63,9 @@ def main(argv=None) -> int:
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
         results = experiment.read_results(folder, only=keys)
         print(markdown(experiment.page_of(folder, results, recipe)))
-        with locked(folder, wait=True):
-            write_atomic(folder / "report.html", report_page(folder, args.data_root, device))
+        page = report_page(folder, args.data_root, device)
+        with locked(folder, wait=True):  # another process may remove what is half written
+            write_atomic(folder / "report.html", page)
         print(f"written {folder / 'report.html'}")
     return 1 if failed or missing else 0
 
