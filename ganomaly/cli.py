@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 from ganomaly import config
-from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, allowed, is_name, nearest
+from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, Config, allowed, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import model_file
 
@@ -47,13 +48,17 @@ class Parser(argparse.ArgumentParser):
             )
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+
+
 def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") -> None:
     """Where images, experiments and the device are: no part of a config."""
     add = parser.add_argument
     add("--experiment", default=experiment, metavar="NAME", help=f"folder [{experiment}]")
     add("--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]")
     add("--download", action="store_true", help="fetch mnist or cifar10 if missing")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add_device_flag(parser)
     folder = os.path.relpath(RUNS)
     add("--experiments-dir", type=Path, default=folder, metavar="DIR", help="[experiments]")
 
@@ -91,7 +96,7 @@ def add_model_flags(parser: argparse.ArgumentParser, images: bool = True) -> Non
             "--images", required=True, nargs="+", metavar="PATH",
             help="images, folders, patterns such as '**/*.png'; - reads paths from a pipe",
         )  # fmt: skip
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+        add_device_flag(parser)
 
 
 def experiment_folder(args: argparse.Namespace) -> Path:
@@ -130,3 +135,10 @@ def given_values(args: argparse.Namespace) -> dict:
             values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
     given = {name: vars(args)[name] for name in FIELDS}
     return values | {name: value for name, value in given.items() if value is not None}
+
+
+def note_unused_root(values: Config, args: argparse.Namespace) -> None:
+    """Say that the digits come from scikit-learn, where --data-root names a folder."""
+    if values.dataset == "digits" and args.data_root is not None:
+        hint = "--category or --dataset folder takes images"
+        print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ class Config:
             fits = (
                 type(value).__name__ == kind
                 and value in limits.get("choices", [value])
+                and (kind != "float" or math.isfinite(value))
                 and all(holds(value, limits[k]) for k, (_, holds) in LIMITS.items() if k in limits)
             )
             if not fits and (value, key.default) != (None, None):

@@ -5,6 +5,7 @@ It knows nothing of folders: `recorder` keeps log records and checkpoints, and s
 
 import copy
 import hashlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -179,8 +180,11 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         if log or save:
             since = (step - 1) % LOG_EVERY + 1
             means = dict(zip(sums, (torch.stack([*sums.values()]) / since).tolist()))
-            values = [*sums.values(), *(float_tensors(networks.values()) if save else [])]
-            if not torch.stack([value.isfinite().all() for value in values]).all():
+            finite = all(map(math.isfinite, means.values()))
+            if save:
+                weights = float_tensors(networks.values())
+                finite &= bool(torch.stack([w.isfinite().all() for w in weights]).all())
+            if not finite:
                 text = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
                 raise UserError(
                     f"a loss or weight is not finite at step {step} (losses: {text}): lower --lr "

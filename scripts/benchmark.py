@@ -31,6 +31,7 @@ def main(argv=None) -> int:
     base = resolve({**cli.given_values(args), "category": None})
     recipe = cli.recipe_name(args)
     folder = cli.experiment_folder(args)
+    cli.note_unused_root(base, args)
     if args.force and "WORLD_SIZE" in os.environ:  # a launcher's, or of make benchmark WORKERS=
         raise UserError("--force: several workers would train each other's runs anew; use one")
 

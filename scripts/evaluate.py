@@ -37,7 +37,7 @@ def main(argv=None) -> int:
             "metrics.json; train it, or name its --experiment"
         )
     with locked(run.folder):  # another process may be training it anew
-        config = load_config(run.folder / "config.json")
+        run.config = config = load_config(run.folder / "config.json")
         for name, value in given.items():
             if name != "score" and value not in (None, "auto", getattr(config, name)):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")

@@ -30,9 +30,7 @@ def main(argv=None) -> int:
     config = resolve(cli.given_values(args))
     recipe = cli.recipe_name(args) if args.config else "of the defaults"
     folder = cli.experiment_folder(args)
-    if config.dataset == "digits" and args.data_root is not None:
-        hint = "--category or --dataset folder takes images"
-        print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)
+    cli.note_unused_root(config, args)
 
     device = use_device(args.device, args.deterministic)
     setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)

@@ -74,6 +74,7 @@ REFUSED = [  # for each kind of limit and of type a value beyond it
     ("width", 2048, "at most 1024"),
     ("channels", 2, "1, 3"),
     ("lr", 10**400, "more than 0"),
+    ("lr", float("nan"), "more than 0"),
     ("lr", 0, "more than 0"),
     ("beta1", 1, "less than 1"),
     ("score", "best", "latent"),

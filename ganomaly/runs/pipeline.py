@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ganomaly import data
-from ganomaly.config import Config, differences, load_config
+from ganomaly.config import Config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, out_of_memory
@@ -19,7 +19,7 @@ from ganomaly.files import Busy, locked, write_torch
 from ganomaly.networks import build
 from ganomaly.runs import evaluation, experiment, results
 from ganomaly.runs.provenance import changed_code, provenance
-from ganomaly.runs.run import ANEW, Recorder, Run, skip
+from ganomaly.runs.run import ANEW, Recorder, Run, refuse_other, skip
 from ganomaly.training import resolve_amp, train
 
 PAUSE = 2  # seconds to wait when other processes hold all remaining runs
@@ -172,8 +172,7 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     before = run.metrics()
     detector = load_detector(run.folder / "model.pt", setting.device)
     config = detector.config
-    if changed := differences(load_config(run.folder / "config.json"), config):
-        raise UserError(f"{run.folder}/model.pt is of another config: {', '.join(changed)}; {ANEW}")
+    refuse_other(run.config, config, run.folder / "model.pt")
     use_threads(config.threads)
     hashes = checked_hashes(config, setting.data_root, before)
     category = data.load(config, setting.data_root, setting.download)

@@ -54,8 +54,8 @@ class Run:
         if not path.is_file():
             if self.finished or (self.folder / "last.pt").is_file():
                 raise UserError(f"{path} is gone; {flag('--force')} trains this run anew")
-        elif changed := differences(self.config, load_config(path)):
-            raise UserError(f"{self.folder} is of another config: {', '.join(changed)}; {ANEW}")
+        else:
+            refuse_other(self.config, load_config(path), self.folder)
 
     def begin(self, anew: bool) -> None:
         """Make the folder ready. With `anew`, nothing of an older run stays.
@@ -84,6 +84,12 @@ class Run:
         image, scale = Image.fromarray(pixels), max(1, 64 // self.config.image_size)
         larger = image.resize([side * scale for side in image.size], Image.Resampling.NEAREST)
         write_atomic(self.folder / "samples.png", encoded(larger))
+
+
+def refuse_other(config: Config, made_with: Config, path: Path) -> None:
+    """UserError where what is at the path was made with another config."""
+    if changed := differences(config, made_with):
+        raise UserError(f"{path} is of another config: {', '.join(changed)}; {ANEW}")
 
 
 def read_metrics(path: Path) -> dict:
@@ -116,8 +122,7 @@ class Recorder:
                 raise UserError(f"{path}: damaged; remove it, and training starts anew") from None
             if changed := changed_code(state.get("code")):
                 raise UserError(f"{path} is of other code ({changed} changed since); {ANEW}")
-            if changed := differences(self.run.config, from_json(state["config"])):
-                raise UserError(f"{path} is of another config: {', '.join(changed)}; {ANEW}")
+            refuse_other(self.run.config, from_json(state["config"]), path)
             self.curve, step = state["curve"], state["step"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
             skip(self.progress, step)
