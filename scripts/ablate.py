@@ -10,13 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ganomaly import cli, data
-from ganomaly.config import Config, differences, resolve
+from ganomaly.config import Config, resolve
 from ganomaly.device import use_device
 from ganomaly.errors import UserError, guard
 from ganomaly.files import locked, write_atomic
-from ganomaly.runs.experiment import runs_of
+from ganomaly.runs.experiment import read_runs
 from ganomaly.runs.pipeline import Setting, plan_all, run_all
-from ganomaly.runs.results import Page, csv_text, flat, markdown, score_columns, spread
+from ganomaly.runs.results import Page, csv_text, markdown, one_recipe, score_columns, spread
 from ganomaly.training import resolve_amp
 
 # A name, and what it changes of the recipe: a value, or a function of the recipe
@@ -93,17 +93,17 @@ def write_tables(folder: Path) -> Runs:
     runs, bases = {}, {}
     with locked(folder, wait=True):
         for name, changes in ABLATIONS:
-            for path, metrics, config in runs_of(folder / slug(name)):
-                key = metrics["category"], metrics["seed"]
-                images = [metrics["provenance"].get(f"{part}_images") for part in ("train", "test")]
+            for run in read_runs(folder / slug(name)):
+                key = run["category"], run["seed"]
                 if name == "base":
-                    bases[key] = config, images
-                base, base_images = bases.get(key, (None, None))
-                if base and (images != base_images or differences(config, changed(base, changes))):
-                    text = f"{path}: made of another recipe or other images than its base run"
-                    print(f"warning: not in the table: {text}", file=sys.stderr)
-                elif metrics["auroc"] is not None:
-                    runs[name, metrics["category"], metrics["seed"]] = flat(metrics)
+                    bases[key] = run
+                if base := bases.get(key):
+                    base = {**base, "config": changed(base["config"], changes)}
+                if base and not one_recipe([run, base]):
+                    text = "made of another recipe or other images than its base run"
+                    print(f"warning: not in the table: {run['folder']}: {text}", file=sys.stderr)
+                elif run["auroc"] is not None:
+                    runs[(name, *key)] = run
         scores, rows = score_columns(runs.values()), []
         for (name, category, seed), m in runs.items():
             base = runs.get(("base", category, seed))

@@ -62,8 +62,9 @@ def main(argv=None) -> int:
     # Of a launcher's processes one prints the table; none gets here before all is done
     if finished and os.environ.get("RANK", "0") == "0":
         keys = {(metrics["category"], metrics["seed"]) for metrics in finished.values()}
-        results = experiment.read_results(folder, only=keys)
-        print(markdown(experiment.page_of(folder, results, recipe)))
+        runs = experiment.read_runs(folder)
+        runs = [run for run in runs if (run["category"], run["seed"]) in keys]
+        print(markdown(experiment.page_of(folder, runs, recipe)))
         page = report_page(folder, args.data_root, device)
         with locked(folder, wait=True):  # another process may remove what is half written
             write_atomic(folder / "report.html", page)

@@ -18,7 +18,7 @@ from ganomaly.files import locked
 from ganomaly.runs.experiment import write_results
 from ganomaly.runs.pipeline import Setting, evaluate_again
 from ganomaly.runs.results import summary
-from ganomaly.runs.run import Run
+from ganomaly.runs.run import Run, read_metrics
 
 
 def main(argv=None) -> int:
@@ -41,7 +41,7 @@ def main(argv=None) -> int:
         for name, value in given.items():
             if name != "score" and value not in (None, "auto", getattr(config, name)):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
-        before = run.metrics()
+        before = read_metrics(run.folder)
         setting = Setting(args.data_root, use_device(args.device), download=args.download)
         metrics = evaluate_again(run, setting, given.get("score"))
     print(summary(metrics, config.quantile))

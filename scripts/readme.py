@@ -10,7 +10,7 @@ from ganomaly.config import EXPERIMENTS, ROOT
 from ganomaly.errors import guard
 from ganomaly.files import write_atomic
 from ganomaly.runs import published
-from ganomaly.runs.experiment import read_results
+from ganomaly.runs.experiment import read_runs
 from ganomaly.runs.results import markdown_table, spread
 
 README = ROOT / "README.md"
@@ -43,7 +43,7 @@ def updated(text: str) -> str:
 
 def table() -> str:
     """A row a set: our AUROC, mean ± deviation over seeds; means of controls; others' figures."""
-    runs = {name: read_results(EXPERIMENTS / name).runs for name in ("paper", "calibrated")}
+    runs = {name: read_runs(EXPERIMENTS / name) for name in ("paper", "calibrated")}
     lines = []
     for category in sorted({row["category"] for rows in runs.values() for row in rows}):
         cells = [category]

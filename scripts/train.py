@@ -19,7 +19,7 @@ from ganomaly.errors import flag, guard
 from ganomaly.runs import pipeline
 from ganomaly.runs.experiment import write_results
 from ganomaly.runs.results import summary
-from ganomaly.runs.run import run_folder
+from ganomaly.runs.run import Run
 
 
 def main(argv=None) -> int:
@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     if outcome != pipeline.TRAINED:
         print(f"{outcome}; {flag('--force')} trains it anew")
     print(summary(metrics, config.quantile))
-    print(f"  written   {run_folder(folder, metrics['category'], config.seed)}")
+    print(f"  written   {Run(folder, metrics['category'], config).folder}")
     return 0
 
 

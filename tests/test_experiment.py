@@ -15,7 +15,7 @@ from ganomaly.config import ROOT, Config, load_config
 from ganomaly.data import MVTEC
 from ganomaly.errors import UserError, describe
 from ganomaly.files import read_torch, write_atomic, write_torch
-from ganomaly.runs import experiment, results
+from ganomaly.runs import experiment, pipeline, results
 from ganomaly.runs.evaluation import samples_of
 from ganomaly.runs.provenance import command
 from ganomaly.runs.results import FIGURES, markdown, results_csv, results_page, summary
@@ -37,11 +37,24 @@ def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dic
 
 def write_run(folder, metrics: dict) -> None:
     write_atomic(folder / "metrics.json", json.dumps(metrics))
-    write_atomic(folder / "config.json", Config().to_json())
+    write_atomic(folder / "config.json", Config(seed=metrics["seed"]).to_json())
 
 
-def rows_of(runs, **more) -> list[dict]:
-    return list(csv.DictReader(io.StringIO(results_csv(runs, **more))))
+def with_configs(runs) -> list[dict]:
+    """As read_runs() has them."""
+    scores = [{f"auroc_{name}": value for name, value in run["scores"].items()} for run in runs]
+    return [
+        {**run, **more, **run["provenance"], "config": Config(dataset=run["dataset"])}
+        for run, more in zip(runs, scores)
+    ]
+
+
+def rows_of(runs) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(results_csv(with_configs(runs)))))
+
+
+def text_of(runs, **more) -> str:
+    return markdown(results_page("x", with_configs(runs), **more))
 
 
 def test_means_of_the_fifteen_with_and_without_screw():
@@ -58,19 +71,19 @@ def test_means_of_the_fifteen_with_and_without_screw():
     assert [row["category"] for row in more] == names and more[0] == rows[15]
     # anomalib's mean stands beside a mean of the fifteen, not beside one of fewer
     for some in (runs, runs[1:]):
-        assert ("0.421" in markdown(results_page("x", some))) == (some is runs)
+        assert ("0.421" in text_of(some)) == (some is runs)
 
 
 def test_the_committed_table_stands_beside_by_category_and_seed_and_no_name_breaks_a_table():
     figures = {("bottle", 1): 0.7, ("bottle", 2): 0.8, ("bottle", 3): 0.9, ("cable", 1): 0.4}
     which = [(c, seed) for seed in (1, 2) for c in ("bottle", "cable", "a|b")]
     runs = [run_metrics(*one, auroc_reference=figures.get(one)) for one in which]
-    text = markdown(results_page("x", runs, reference="what it is"))
+    text = text_of(runs, reference="what it is")
     assert "| category | AUROC | reference | F1 |" in text and "seeds 1, 2;" in text
     for name, reference_cell in (("bottle", "0.750 ± 0.071"), ("cable", "0.400"), ("a\\|b", "")):
         assert f"| {name} | 0.500 ± 0.000 | {reference_cell} | 0.500 ± 0.000 |" in text
     assert "\nwhat it is\n" in text
-    assert "it is" not in markdown(results_page("x", [run_metrics("pill")], reference="what it is"))
+    assert "it is" not in text_of([run_metrics("pill")], reference="what it is")
 
 
 def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
@@ -79,7 +92,7 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     run = run_metrics(row["category"], int(row["seed"]))
 
     def page(folder, recipe=None) -> str:
-        return markdown(experiment.page_of(folder, experiment.Results([{**run}], True, {}), recipe))
+        return markdown(experiment.page_of(folder, with_configs([run]), recipe))
 
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name
@@ -97,24 +110,26 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
 
 
 def test_a_recipe_may_leave_the_precision_to_the_machine(tmp_path):
-    experiment.write_recipe(tmp_path, Config(amp="auto"), force=False)
+    setting, digits = pipeline.Setting(None, torch.device("cpu")), Config(dataset="digits")
+    experiment.write_recipe(tmp_path, digits, force=False)
     for amp in ("bf16", "fp32"):
-        experiment.check_recipe(tmp_path, Config(amp=amp, category="bottle", seed=7))
-    with pytest.raises(UserError, match=r"another recipe: steps \(3000 there, 7 asked\); "):
-        experiment.check_recipe(tmp_path, Config(amp="fp32", steps=7))
+        pipeline.run_of(digits.replace(amp=amp, category="7", seed=7), tmp_path, setting)
+    line = r"config.json is of another config: steps \(3000 there, 7 asked\); "
+    with pytest.raises(UserError, match=line):
+        pipeline.run_of(digits.replace(amp="fp32", category="7", steps=7), tmp_path, setting)
 
 
 def test_seeds_of_other_test_images_have_no_mean(tmp_path):
     for seed in (1, 2):
         metrics = run_metrics("bottle", seed, provenance={"test_images": "abc"[: 4 - seed]})
         write_run(tmp_path / f"bottle/seed{seed}", metrics)
-    assert experiment.read_results(tmp_path).one_recipe is False
+    assert results.one_recipe(experiment.read_runs(tmp_path)) is False
 
 
 def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
-    assert len(rows_of(mixed, one_recipe=False)) == 2
-    text = markdown(results_page("local", mixed, one_recipe=False))
+    assert len(rows_of(mixed)) == 2
+    text = text_of(mixed)
     assert "| 3 (digits, seed 1) |" in text and "| 3 (mnist, seed 2) |" in text and "±" in text
     assert "Mean" not in text and "0.500 ±" not in text
 

@@ -30,7 +30,7 @@ def test_a_finished_run_is_left_alone_until_forced(script, parts, finished, tmp_
     assert "last.pt is of another config: lr" in refusal(script("train", *words, "--lr=0.5"))
     assert "steps (6 there, 7 asked)" in refusal(script("train", *words, "--steps=7"))
     (finished / "config.json").unlink()
-    assert "config.json is gone" in refusal(script("train", *words, "--steps=7"))
+    assert "config.json: No such file" in refusal(script("train", *words, "--steps=7"))
     printed(script("train", *words, "--steps=7", "--force"))
     assert read_json(finished / "config.json")["steps"] == 7
 
@@ -136,7 +136,7 @@ def test_force_takes_back_our_files_after_a_kill(script, parts, finished, tmp_pa
         unlink(path, *args, **kwargs)
         raise KeyboardInterrupt
 
-    while (finished / "log.jsonl").exists():  # the last but TensorBoard's and config.json
+    while (finished / "curve.csv").exists():  # the last but TensorBoard's
         assert "another config" in refusal(script("train", *words))  # half taken back
         with monkeypatch.context() as patch:
             patch.setattr(type(finished), "unlink", dying)

@@ -137,7 +137,7 @@ def test_a_browser_opens_it_without_a_word(script, experiment, tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    assert "<title>true,true,13</title>" in done.stdout
+    assert "<title>true,true,12</title>" in done.stdout
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -172,7 +172,9 @@ def test_charts_show_what_the_numbers_say():
 
 def test_a_line_a_seed_and_one_of_their_mean():
     seeds = [{"latent": {10: 0.6, 20: 0.8}}, {"latent": {10: 0.8, 20: 1.0}}]
-    picture = charts.curves_svg("try & see", {"a<b": seeds, "c": [{"latent": {20: 0.5}}]})
+    runs = [{"category": "a<b", "curve": curve} for curve in (*seeds, {})]
+    runs.append({"category": "c", "curve": {"latent": {20: 0.5}}})
+    picture = charts.curves_svg("try & see", runs)
     root = ET.fromstring(picture)  # names are escaped
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
     assert {"try & see", "a<b", "step", "AUROC", "latent"} <= set(texts)
@@ -183,5 +185,6 @@ def test_a_line_a_seed_and_one_of_their_mean():
     assert thick[0][1][1] < thick[0][0][1]  # a better one is higher up
     assert thin[1][1] == (charts.W, 0.0)  # the last step, an AUROC of 1
     # A figure under a half stays inside its panel
-    ((low, high),) = lines(charts.curves_svg("x", {"c": [{"a": {1: 0.123, 2: 0.9}}]}), "mean")
+    runs = [{"category": "c", "curve": {"a": {1: 0.123, 2: 0.9}}}]
+    ((low, high),) = lines(charts.curves_svg("x", runs), "mean")
     assert 0 <= high[1] < low[1] <= charts.H

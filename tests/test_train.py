@@ -155,7 +155,7 @@ def test_a_calibrated_run_has_every_score_and_figures_of_pixels(tmp_path):
 STAGES = [
     (data, "read_images"), (os, "fsync"), (pipeline, "train"), (Recorder, "save"),
     (Detector, "calibrate"), (Run, "write_samples"), (Detector, "scores"),
-    (Run, "write_scores"), (evaluation, "figures"), (evaluation, "write_json"),
+    (evaluation, "figures"), (evaluation, "write_atomic"), (evaluation, "write_json"),
     (pipeline, "write_torch"), (experiment, "write_results"),
 ]  # fmt: skip
 

@@ -20,14 +20,15 @@ COLOURS = (
 )  # fmt: skip
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.axis{stroke:#8888;fill:none}.seed{opacity:.3}"
-    "path{fill:none;stroke-width:1.5}.mean{stroke-width:2}"
+    "path{fill:none;stroke-width:1.5}.mean{stroke-width:2}.cut{stroke:#888;stroke-dasharray:4 3}"
+    ".good{stroke:#2b6cb0}.bad{stroke:#c2410c}"
     "@media (prefers-color-scheme:dark){text{fill:#ccc}}"
 )
 
 
-def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> str:
+def svg(charts: list[str], head: str = "", top: int = 0) -> str:
     """A picture of charts in rows, below a head that is `top` pixels high."""
-    columns = min(columns, len(charts))
+    columns = min(COLUMNS, len(charts))
     width, height = W + LEFT + RIGHT, H + TOP + BOTTOM
     size = columns * width, top + -(-len(charts) // columns) * height
     inside = ""
@@ -36,7 +37,7 @@ def svg(charts: list[str], columns: int = 1, head: str = "", top: int = 0) -> st
         inside += f'<g transform="translate({x} {y})">{chart}</g>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" '
-        f'width="{size[0]}" height="{size[1]}">{head}{inside}</svg>\n'
+        f'width="{size[0]}" height="{size[1]}"><style>{STYLE}</style>{head}{inside}</svg>\n'
     )
 
 
@@ -78,11 +79,8 @@ def histogram(labels: np.ndarray, scores: np.ndarray, threshold: float, title: s
     return line_chart(lines, title, ("score", "share of the highest bar"), left=edges[0])
 
 
-Curve = dict[str, dict[int, float]]  # score -> {step: AUROC}
-
-
-def read_curve(path: Path) -> Curve:
-    """A run's curve.csv; empty where there is no such file, or a damaged one."""
+def read_curve(path: Path) -> dict[str, dict[int, float]]:
+    """A run's curve.csv, score -> {step: AUROC}; empty where it is not there, or damaged."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -92,19 +90,21 @@ def read_curve(path: Path) -> Curve:
         return {}
 
 
-def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
+def curves_svg(title: str, runs: list[dict]) -> str:
     """A chart a category; a thin line a score and seed, a thick one for the mean of the seeds."""
-    names = list(dict.fromkeys(n for curves in runs.values() for curve in curves for n in curve))
+    runs = [run for run in runs if run["curve"]]
+    names = list(dict.fromkeys(name for run in runs for name in run["curve"]))
+    categories = list(dict.fromkeys(run["category"] for run in runs))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    per_row = max(1, min(COLUMNS, len(runs)) * (W + LEFT + RIGHT) // 150)  # of the legend
-    head = f'<style>{STYLE}</style><text x="20" y="22" font-weight="bold">{escape(title)}</text>'
+    per_row = max(1, min(COLUMNS, len(categories)) * (W + LEFT + RIGHT) // 150)  # of the legend
+    head = f'<text x="20" y="22" font-weight="bold">{escape(title)}</text>'
     for i, (name, colour) in enumerate(colours.items()):
         x, y = 20 + i % per_row * 150, 42 + i // per_row * 18
         head += f'<path d="M{x} {y - 4}h18" stroke="{colour}" class="mean"/>'
         head += f'<text x="{x + 23}" y="{y}">{escape(name)}</text>'
     charts = []
-    for category, curves in runs.items():
-        lines = []
+    for category in categories:
+        curves, lines = [run["curve"] for run in runs if run["category"] == category], []
         for name, colour in colours.items():
             seeds = [curve[name] for curve in curves if name in curve]
             for points in seeds if len(seeds) > 1 else []:
@@ -115,4 +115,4 @@ def curves_svg(title: str, runs: dict[str, list[Curve]]) -> str:
                 lines.append((steps, means, f'stroke="{colour}" class="mean"'))
         low = min([0.5, *(int(y * 10) / 10 for _, values, _ in lines for y in values)])
         charts.append(line_chart(lines, category, ("step", "AUROC"), low=low))
-    return svg(charts, COLUMNS, head, top=40 + 18 * -(-len(names) // per_row))
+    return svg(charts, head, top=40 + 18 * -(-len(names) // per_row))

@@ -1,5 +1,7 @@
 """What the test images say of a detector: scores.csv, metrics.json; a look at it in training."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +11,8 @@ from ganomaly.batches import to_input
 from ganomaly.config import Config
 from ganomaly.data import Category
 from ganomaly.detector import Detector
-from ganomaly.files import write_json
-from ganomaly.runs.results import EMPTY, LOOK_IMAGES
-from ganomaly.runs.run import Run
+from ganomaly.files import write_atomic, write_json
+from ganomaly.runs.results import EMPTY, LOOK_IMAGES, csv_text
 from ganomaly.scoring import Outputs
 
 # Limits of the images of one pass and of the PCA's, to save memory. Every k-th image is taken.
@@ -19,14 +20,12 @@ from ganomaly.scoring import Outputs
 CONTROL_IMAGES, CONTROL_BYTES, CONTROL_LEAST = 10_000, 2**28, 82
 
 
-def assess(detector: Detector, category: Category, training: dict, run: Run | None = None) -> dict:
-    """Score the test images; returns the metrics. A run gets scores.csv and metrics.json."""
+def assess(detector: Detector, category: Category, training: dict, folder: Path | None) -> dict:
+    """Score the test images; returns the metrics. A folder gets scores.csv and metrics.json."""
     labels = category.test_labels
     scores = dict.fromkeys(detector.config.scores, torch.empty(0))
     if len(labels):
         scores = detector.scores(category.test)
-    if run:
-        run.write_scores(category, scores)
     row = {
         "category": category.name,
         "dataset": detector.config.dataset,
@@ -39,8 +38,11 @@ def assess(detector: Detector, category: Category, training: dict, run: Run | No
         "n_test_defective": int(labels.sum()),
         **training,
     }
-    if run:
-        write_json(run.folder / "metrics.json", row)
+    if folder:
+        columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
+        rows = zip(category.test_paths, category.test_defects, labels, *columns)
+        write_atomic(folder / "scores.csv", csv_text(["path", "defect", "label", *scores], rows))
+        write_json(folder / "metrics.json", row)
     return row
 
 

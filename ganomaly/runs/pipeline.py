@@ -11,18 +11,18 @@ import torch
 from tqdm import tqdm
 
 from ganomaly import data
-from ganomaly.config import Config
+from ganomaly.config import Config, load_config
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_threads
 from ganomaly.errors import UserError, describe, out_of_memory
 from ganomaly.files import Busy, locked, write_torch
 from ganomaly.networks import build
-from ganomaly.runs import evaluation, experiment, results
+from ganomaly.runs import evaluation, experiment
 from ganomaly.runs.provenance import changed_code, provenance
-from ganomaly.runs.run import ANEW, Recorder, Run, refuse_other, skip
+from ganomaly.runs.results import TIMES, recipe_of
+from ganomaly.runs.run import ANEW, Recorder, Run, read_metrics, refuse_other
 from ganomaly.training import resolve_amp, train
 
-PAUSE = 2  # seconds to wait when other processes hold all remaining runs
 TRAINED, REEVALUATED, DONE_BEFORE = "trained", "evaluated again", "done before"  # what run_one did
 Jobs = dict[str, tuple[Config, Path]]  # a name -> a run's config and its experiment's folder
 
@@ -44,8 +44,9 @@ def run_of(config: Config, folder: Path, setting: Setting) -> Run:
     experiment has another recipe, unless the run is trained anew.
     """
     config = config.replace(amp=resolve_amp(config.amp, setting.device))
-    if not setting.force:
-        experiment.check_recipe(folder, config)
+    recipe = folder / "config.json"
+    if recipe.is_file() and not setting.force:
+        refuse_other(recipe_of(config), recipe_of(load_config(recipe)), recipe)
     data.category_folder(config, setting.data_root)
     return Run(folder, data.category_name(config, setting.data_root), config)
 
@@ -58,13 +59,15 @@ def outcome_of(run: Run, setting: Setting) -> str:
     """
     if setting.force:
         return TRAINED
-    run.check()
+    path = run.folder / "config.json"
+    if path.is_file() or any(run.folder.glob("*.pt")):
+        refuse_other(run.config, load_config(path), run.folder)
     if not run.finished:
         return TRAINED
-    before = run.metrics()
+    before = read_metrics(run.folder)
     if changed := changed_code(before["provenance"].get("code")):
         raise UserError(f"{run.name}: trained by other code ({changed} changed since); {ANEW}")
-    hashes = checked_hashes(run.config, setting.data_root, before)
+    hashes = checked_hashes(run, setting, before)
     same = before["provenance"].get("test_images") == hashes.get("test_images")
     return DONE_BEFORE if same else REEVALUATED
 
@@ -107,18 +110,17 @@ def run_one(config: Config, folder: Path, setting: Setting, bar: tqdm) -> tuple[
         outcome = outcome_of(run, setting)
         if outcome == TRAINED:
             return train_run(run, setting, bar), outcome
-        skip(bar, config.steps)
+        bar.update(config.steps)  # of steps that were done before
         if outcome == REEVALUATED:
             return evaluate_again(run, setting), outcome
-        return run.metrics(), outcome
+        return read_metrics(run.folder), outcome
 
 
 def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
     """Train, calibrate and evaluate a run, whose lock is held; returns its metrics."""
     config, device = run.config, setting.device
     use_threads(config.threads)
-    hashes = data.image_hashes(config, setting.data_root)
-    origin = {**provenance(device, config), **hashes}
+    origin = {**provenance(device, config), **data.image_hashes(config, setting.data_root)}
     category = data.load(config, setting.data_root, setting.download)
     experiment.write_recipe(run.experiment, config, setting.force)
     run.begin(anew=setting.force)
@@ -140,12 +142,11 @@ def train_run(run: Run, setting: Setting, bar: tqdm) -> dict:
             "images_per_second": round(config.steps * config.batch_size / trained.seconds, 1),
             "provenance": origin,
         }
-        metrics = evaluation.assess(detector, category, training, run)
+        metrics = evaluation.assess(detector, category, training, run.folder)
         (run.folder / "last.pt").unlink(missing_ok=True)  # a kill before this costs only its space
         return metrics
     except KeyboardInterrupt:
-        message = "the same command, without --force, goes on from the last checkpoint"
-        raise KeyboardInterrupt(message) from None
+        raise KeyboardInterrupt("the same command, without --force, goes on") from None
     finally:
         recorder.close()
 
@@ -169,38 +170,34 @@ def evaluate_again(run: Run, setting: Setting, score: str | None = None) -> dict
     With another score than the run's, nothing is written. UserError where its training images are
     others now.
     """
-    before = run.metrics()
+    before = read_metrics(run.folder)
     detector = load_detector(run.folder / "model.pt", setting.device)
     config = detector.config
     refuse_other(run.config, config, run.folder / "model.pt")
     use_threads(config.threads)
-    hashes = checked_hashes(config, setting.data_root, before)
+    hashes = checked_hashes(run, setting, before)
     category = data.load(config, setting.data_root, setting.download)
+    folder = run.folder if score in (None, config.score) else None
     # Scores that are newer than the model, or of another formula now, are calibrated again
-    own_score = score in (None, config.score)
     if changed_code(before["provenance"].get("code")):
         detector.calibrate(category.calibration)
-        if own_score:
-            write_torch(run.folder / "model.pt", detector.state())
-    training = {key: before[key] for key in results.TIMES}
+        if folder:
+            write_torch(folder / "model.pt", detector.state())
+    training = {key: before[key] for key in TIMES}
     training["provenance"] = {**before["provenance"], **hashes}
-    if not own_score:
-        detector.set_quantile(config.quantile, score)
-        return evaluation.assess(detector, category, training)
-    metrics = evaluation.assess(detector, category, training, run)
-    if metrics["provenance"] != before["provenance"]:  # curve.csv is of the old test images
-        (run.folder / "curve.csv").unlink(missing_ok=True)
+    detector.set_quantile(score=score)
+    metrics = evaluation.assess(detector, category, training, folder)
+    if folder and metrics["provenance"] != before["provenance"]:  # of the old test images
+        (folder / "curve.csv").unlink(missing_ok=True)
     return metrics
 
 
-def checked_hashes(config: Config, data_root: Path | None, before: dict) -> dict[str, str]:
-    """Hashes of the images that are there now; UserError if a run was trained on others."""
-    hashes = data.image_hashes(config, data_root)
-    trained_on = before["provenance"].get("train_images")
-    if trained_on and trained_on != hashes["train_images"]:
-        name, folder = before["category"], data.category_folder(config, data_root)
-        message = f"trained on other images than those in {folder} now"
-        raise UserError(f"{name} seed {config.seed}: {message}; {ANEW}")
+def checked_hashes(run: Run, setting: Setting, before: dict) -> dict[str, str]:
+    """Hashes of the images that are there now; UserError if the run was trained on others."""
+    hashes = data.image_hashes(run.config, setting.data_root)
+    if before["provenance"].get("train_images") != hashes.get("train_images"):
+        folder = data.category_folder(run.config, setting.data_root)
+        raise UserError(f"{run.name}: trained on other images than those in {folder} now; {ANEW}")
     return hashes
 
 
@@ -237,7 +234,7 @@ def run_all(jobs: Jobs, setting: Setting) -> tuple[dict[str, dict], dict[str, st
                     failed[name] = describe(error) or traceback.format_exc()  # a bug of ours, whole
             if len(busy) == len(waiting):
                 bar.set_description(f"waiting for other processes' runs, {len(waiting)}")
-                time.sleep(PAUSE)
+                time.sleep(2)
             waiting = busy
     for folder in {jobs[name][1] for name in finished}:
         experiment.write_results(folder, setting.recipe)

@@ -22,31 +22,23 @@ from ganomaly.device import use_threads
 from ganomaly.errors import UserError
 from ganomaly.images import read_images
 from ganomaly.runs import charts, pictures
-from ganomaly.runs.experiment import page_of, read_results
+from ganomaly.runs.experiment import page_of, read_runs
 from ganomaly.runs.results import Page, verdicts_of
-from ganomaly.runs.run import run_folder
 
 ERRORS = 6  # images of each kind
-STYLE = """
+HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width,initial-scale=1"><style>
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:76rem;padding:0 1rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8888;white-space:nowrap}
 th{white-space:normal;vertical-align:bottom;min-width:4rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:Canvas}
-.charts{display:flex;flex-wrap:wrap;gap:1rem 2rem}figure{margin:0;max-width:100%}
-.charts figure{width:320px}.wide img{max-width:max(100%,640px)}
-figcaption{font-size:13px;overflow-wrap:anywhere}svg{max-width:100%;height:auto}
-text{font:11px system-ui,sans-serif;fill:CanvasText}path,.axis{fill:none;stroke-width:1.5}
-.axis{stroke:#8888}.cut{stroke:CanvasText;stroke-dasharray:4 3}
-path.good{stroke:#2b6cb0}path.bad{stroke:#c2410c}
+figure{margin:0;max-width:100%}figcaption{font-size:13px;overflow-wrap:anywhere}
+svg{max-width:100%;height:auto}.wide svg{max-width:max(100%,640px)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
 .pictures img{width:100%}
-"""
-HEAD = (
-    "<!doctype html><html lang=en><meta charset=utf-8>"
-    f'<meta name=viewport content="width=device-width,initial-scale=1"><style>{STYLE}</style>'
-)
+</style>"""
 HEAT = (
     "Each picture shows the image, its reconstruction, and the image under a heat map. No colour "
     "means no more anomalous than the peaks of good images. Yellow to red is more anomalous. The "
@@ -56,25 +48,20 @@ HEAT = (
 
 def report_page(folder: Path, data_root: Path | None, device: torch.device) -> str:
     """The page of an experiment: tables, curves, a section a category."""
-    results = read_results(folder)
-    runs = [m for m in results.runs if m["auroc"] is not None]
-    out = [HEAD, *blocks(page_of(folder, results))]
-    if results.curves:
-        picture = charts.curves_svg(folder.name, results.curves).encode()
-        out.append(
-            "<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it."
-            f"<p class=wide>{image(picture, 'svg+xml', 'AUROC by step')}"
-        )
-    for category in dict.fromkeys(m["category"] for m in runs):
-        seeds = [m for m in runs if m["category"] == category]
-        called = {f"seed {m['seed']}": verdicts_of(m) for m in seeds}
-        kinds = dict.fromkeys(kind for row in called.values() for kind in row)
-        rows = [[seed, *(row.get(kind, "") for kind in kinds)] for seed, row in called.items()]
-        out.append(f"<h2>{escape(category)}</h2>")
-        if kinds:  # none of runs that are older than the counts
-            out.append(html_table(["called defective", *kinds], rows))
+    runs = read_runs(folder)
+    out = [HEAD, *blocks(page_of(folder, runs))]
+    if any(run["curve"] for run in runs):
+        out.append("<h2>While training</h2><p>AUROC at each checkpoint; nothing was chosen by it.")
+        out.append(f"<div class=wide>{charts.curves_svg(folder.name, runs)}</div>")
+    evaluated = [run for run in runs if run["auroc"] is not None]
+    for category in dict.fromkeys(run["category"] for run in evaluated):
+        seeds = [run for run in evaluated if run["category"] == category]
+        called = [{"called defective": f"seed {m['seed']}", **verdicts_of(m)} for m in seeds]
+        kinds = list(dict.fromkeys(kind for row in called for kind in row))
+        rows = [[row.get(kind, "") for kind in kinds] for row in called]
+        out.append(f"<h2>{escape(category)}</h2>{html_table(kinds, rows)}")
         try:
-            out += section(folder, seeds, data_root, device)
+            out += section(seeds, data_root, device)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             out.append(f"<p>No charts: {escape(str(error))}; make evaluate writes scores.csv.")
     return "\n".join(out) + "\n"
@@ -92,33 +79,24 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     return f"<div class=wide><table>{''.join(f'<tr>{row}' for row in (head, *lines))}</table></div>"
 
 
-def section(
-    folder: Path, seeds: list[dict], data_root: Path | None, device: torch.device
-) -> list[str]:
+def section(seeds: list[dict], data_root: Path | None, device: torch.device) -> list[str]:
     """A category: histogram and worst images of its first seed, ROC curves of all seeds."""
     m = seeds[0]
-    runs = [run_folder(folder, m["category"], one["seed"]) for one in seeds]
-    tables = [read_scores(run, one["score"]) for run, one in zip(runs, seeds)]
+    tables = [read_scores(one["folder"], one["score"]) for one in seeds]
     labels, scores, names = tables[0]
-    mean = np.mean([one["auroc"] for one in seeds])
     lines = [([0, 1], [0, 1], "class=axis")]
     lines += [(*roc_curve(*each[:2])[:2], "class=good") for each in tables]
     title = f"score {m['score']}, seed {m['seed']}"
     bars = charts.histogram(labels, scores, m["threshold"], title)
     title = f"ROC, seeds {', '.join(str(one['seed']) for one in seeds)}"
     roc = charts.line_chart(lines, title, ("false positive rate", "true positive rate"))
-    text = "Test images by score, good (blue) and defective (red); the threshold dashed"
-    out = [
-        "<div class=charts>",
-        figure(charts.svg([bars]), text),
-        figure(charts.svg([roc]), f"True positive rate by false positive rate; AUROC {mean:.3f}"),
-        "</div>",
-    ]
+    text = "Test images by score, good (blue) and defective (red), the threshold dashed; ROC curves"
+    out = [figure(f"<div class=wide>{charts.svg([bars, roc])}</div>", text)]
     order = np.argsort(scores, kind="stable")
     good = [i for i in order[::-1] if labels[i] == 0][:ERRORS]
     bad = [i for i in order if labels[i] == 1][:ERRORS]
     try:
-        shown = explained_images(runs[0], m, [names[i] for i in good + bad], data_root, device)
+        shown = explained_images(m, [names[i] for i in good + bad], data_root, device)
     except UserError as error:
         return [*out, f"<p>No pictures of the worst errors: {escape(str(error))}."]
     title = "The good images with the highest scores, the defective ones with the lowest"
@@ -131,10 +109,6 @@ def section(
 
 def figure(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def image(content: bytes, kind: str, alt: str) -> str:
-    return f'<img alt="{alt}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def verdicts_page(detector: Detector, rows: list[list[str]], text: str) -> str:
@@ -161,21 +135,22 @@ def explain(detector: Detector, pixels: Tensor, larger: Tensor) -> list[str]:
     """Pictures of uint8 images (N, C, S, S); larger: the same with more pixels, to look at."""
     verdicts, x_hats, heats = detector.explain(pixels)
     drawn = map(pictures.explained, larger, x_hats, heats, verdicts.defective)
-    alt = "image, reconstruction, heat map"
-    return [image(pictures.encoded(one, "jpeg"), "jpeg", alt) for one in drawn]
+    texts = [base64.b64encode(pictures.encoded(one, "jpeg")).decode() for one in drawn]
+    start = '<img alt="image, reconstruction, heat map" src="data:image/jpeg;base64,'
+    return [f'{start}{text}">' for text in texts]
 
 
 def explained_images(
-    run: Path, metrics: dict, names: list[str], data_root: Path | None, device: torch.device
+    run: dict, names: list[str], data_root: Path | None, device: torch.device
 ) -> list[str]:
     """Pictures of a finished run's test images; UserError where they cannot be had."""
-    if not (run / "model.pt").is_file():
+    if not (run["folder"] / "model.pt").is_file():
         raise UserError("git keeps no weights; make report shows them where the run was made")
-    detector = load_detector(run / "model.pt", device)
+    detector = load_detector(run["folder"], device)
     config = detector.config
     use_threads(config.threads)
     if hashes := data.image_hashes(config, data_root):
-        if metrics["provenance"].get("test_images") != hashes["test_images"]:
+        if run["provenance"].get("test_images") != hashes["test_images"]:
             raise UserError("its test images changed since; make evaluate scores them again")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise UserError("its scores.csv names files outside of the category's folder")
@@ -186,9 +161,10 @@ def explained_images(
     return explain(detector, pixels, pixels)
 
 
-def read_scores(run: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def read_scores(folder: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Labels (N,), scores (N,) and paths of a run's scores.csv."""
-    with open(run / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    path, text = folder / "scores.csv", {"encoding": "utf-8", "errors": "surrogateescape"}
+    with open(path, newline="", **text) as file:
         rows = list(csv.DictReader(file))
     labels, scores = (np.array([float(row[key]) for row in rows]) for key in ("label", score))
     return labels, scores, [row["path"] for row in rows]

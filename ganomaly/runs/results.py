@@ -7,6 +7,7 @@ import statistics
 import textwrap
 from collections.abc import Iterable
 
+from ganomaly.config import Config, differences
 from ganomaly.data import CLASSES, MVTEC
 from ganomaly.runs.published import PUBLISHED
 from ganomaly.scoring import share_above
@@ -48,7 +49,6 @@ COLUMNS = {
     **CONTROLS,
 }
 
-
 Table = tuple[list[str], list[list[str]]]  # header and rows
 Page = list[str | Table]  # its heading, then paragraphs and tables
 
@@ -80,14 +80,22 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.3f}{deviation}" if values else ""
 
 
-def flat(metrics: dict) -> dict:
-    """Metrics in one level: scores become auroc_<name>, provenance its keys."""
-    scores = {f"auroc_{name}": value for name, value in metrics["scores"].items()}
-    return {**metrics, **scores, **metrics["provenance"]}
-
-
 def score_columns(rows: Iterable[dict]) -> list[str]:
     return [f"auroc_{name}" for name in dict.fromkeys(n for row in rows for n in row["scores"])]
+
+
+def recipe_of(config: Config) -> Config:
+    """What runs of one recipe have in common."""
+    return config.replace(category=None, seed=42)
+
+
+def one_recipe(runs: list[dict]) -> bool:
+    """Whether runs are of one recipe and the same images. If not, as in `local`, have no means."""
+    keys = ("category", "train_images", "test_images")
+    images = {tuple(run.get(key) for key in keys) for run in runs}
+    one_set = len(images) == len({run["category"] for run in runs})
+    recipes = [recipe_of(run["config"]) for run in runs]
+    return one_set and not any(differences(recipe, recipes[0]) for recipe in recipes)
 
 
 def mean_rows(rows: list[dict]) -> list[dict]:
@@ -95,9 +103,10 @@ def mean_rows(rows: list[dict]) -> list[dict]:
 
     `Mean` is over a data set's whole list of categories. If some are missing, or if there are
     others too, `Mean of k` is over the k that are there. A mean of one row is that row: left out.
+    Runs of several recipes have no means.
     """
     means = []
-    evaluated = [row for row in rows if row["auroc"] is not None]
+    evaluated = [row for row in rows if row["auroc"] is not None] if one_recipe(rows) else []
     for seed in sorted({row["seed"] for row in evaluated}):
         of_seed = [row for row in evaluated if row["seed"] == seed]
         known = CLASSES.get(of_seed[0]["dataset"], MVTEC)
@@ -123,33 +132,30 @@ def mean_row(name: str, rows: list[dict]) -> dict:
     return {"category": name, **same, **means}
 
 
-def results_csv(runs: list[dict], one_recipe: bool = True) -> str:
-    """A row a run; then the means, where the runs are of one recipe."""
-    rows = [flat(run) for run in runs]
+def results_csv(runs: list[dict]) -> str:
+    """A row a run; then the means."""
     columns = ["category", "seed", "score", "auroc", "average_precision", "threshold"]
-    columns += [k for k in FIGURES[2:] if k != "aupro" or any(row[k] is not None for row in rows)]
-    columns += [*score_columns(rows), *COUNTS, *TIMES, *PROVENANCE]
-    means = mean_rows(rows) if one_recipe else []
-    return csv_text(columns, [[row.get(column) for column in columns] for row in rows + means])
+    columns += [k for k in FIGURES[2:] if k != "aupro" or any(run[k] is not None for run in runs)]
+    columns += [*score_columns(runs), *COUNTS, *TIMES, *PROVENANCE]
+    rows = [*runs, *mean_rows(runs)]
+    return csv_text(columns, [[row.get(column) for column in columns] for row in rows])
 
 
-def results_page(name: str, runs: list[dict], one_recipe: bool = True, reference: str = "") -> Page:
+def results_page(name: str, runs: list[dict], reference: str = "") -> Page:
     """The results for people: mean ± standard deviation over seeds, published figures beside.
 
-    one_recipe: the runs are of one recipe. Else each has a row, and there are no means.
-    reference: what REFERENCE is, if runs have it.
+    Of several recipes, each run has a row. reference: what REFERENCE is, if runs have it.
     """
-    rows = [flat(run) for run in runs]
     page: Page = [name]
-    if untested := ", ".join(row["category"] for row in rows if row["auroc"] is None):
+    if untested := ", ".join(run["category"] for run in runs if run["auroc"] is None):
         page.append(f"Trained and calibrated, nothing to evaluate: {untested}.")
-    evaluated = [row for row in rows if row["auroc"] is not None]
+    evaluated = [{**run} for run in runs if run["auroc"] is not None]
     if not evaluated:
         return page
-    shown = evaluated + (mean_rows(rows) if one_recipe else [])
-    for row in [] if one_recipe else evaluated:
+    shown, one = evaluated + mean_rows(runs), one_recipe(runs)
+    for row in [] if one else evaluated:
         row["category"] = f"{row['category']} ({row['dataset']}, seed {row['seed']})"
-    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
     scores = ", ".join(sorted({row["score"] for row in evaluated}))
     page.append(
         f"Score {scores}; seeds {seeds}; mean ± standard deviation over seeds. F1 is at the "
@@ -161,7 +167,7 @@ def results_page(name: str, runs: list[dict], one_recipe: bool = True, reference
     if "reference" in columns:
         page.append(reference)
     names = {row["category"] for row in shown}
-    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if one_recipe else {}
+    published = PUBLISHED.get(evaluated[0]["dataset"], {}) if one else {}
     published = {title: figures for title, figures in published.items() if names & figures.keys()}
     page.append(table(columns, shown, published))
     page.append("AUROC of every score of the same networks:")

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ganomaly.config import Config, differences, from_json, load_config
+from ganomaly.config import Config, differences, from_json
 from ganomaly.errors import UserError, flag
 from ganomaly.files import read_torch, write_atomic, write_torch
 from ganomaly.runs.pictures import encoded, panel
@@ -23,17 +22,7 @@ from ganomaly.runs.results import EMPTY, METRICS, csv_text
 from ganomaly.scoring import Outputs
 from ganomaly.training import LOG_EVERY
 
-# Files that --force deletes, in this order, so that a kill in between never leaves a run that looks
-# finished. Each begin() deletes the first three.
-FILES = (
-    ".*.tmp", "model.pt", "metrics.json", "last.pt", "scores.csv", "curve.csv", "samples.png",
-    "log.jsonl", "events.out.tfevents.*", "config.json",
-)  # fmt: skip
 ANEW = f"{flag('--force')} trains anew, --experiment NAME (EXPERIMENT=NAME) keeps both"
-
-
-def run_folder(experiment: Path, category: str, seed: int) -> Path:
-    return experiment / category / f"seed{seed}"
 
 
 class Run:
@@ -42,41 +31,19 @@ class Run:
     def __init__(self, experiment: Path, category: str, config: Config):
         self.experiment, self.config = experiment, config
         self.name = f"{category} seed {config.seed}"
-        self.folder = run_folder(experiment, category, config.seed)
+        self.folder = experiment / category / f"seed{config.seed}"
 
     @property
     def finished(self) -> bool:
         return (self.folder / "metrics.json").is_file() and (self.folder / "model.pt").is_file()
 
-    def check(self) -> None:
-        """UserError where the folder holds a run of another config, or where its config is gone."""
-        path = self.folder / "config.json"
-        if not path.is_file():
-            if self.finished or (self.folder / "last.pt").is_file():
-                raise UserError(f"{path} is gone; {flag('--force')} trains this run anew")
-        else:
-            refuse_other(self.config, load_config(path), self.folder)
-
     def begin(self, anew: bool) -> None:
-        """Make the folder ready. With `anew`, nothing of an older run stays.
-
-        Else only the files that make a run look finished are deleted: a clone has metrics.json
-        without model.pt.
-        """
-        for pattern in FILES if anew else FILES[:3]:
+        """Make the folder ready: nothing looks finished, and with `anew` nothing can go on."""
+        old = ["last.pt", "curve.csv", "events.out.tfevents.*"] if anew else []
+        for pattern in (".*.tmp", "model.pt", "metrics.json", *old):
             for path in self.folder.glob(pattern):
                 path.unlink()
         write_atomic(self.folder / "config.json", self.config.to_json())
-
-    def metrics(self) -> dict:
-        return read_metrics(self.folder / "metrics.json")
-
-    def write_scores(self, category, scores: dict[str, Tensor]) -> None:
-        """scores.csv: a row a test image, raw float32 scores."""
-        columns = [[f"{value:.9g}" for value in values.tolist()] for values in scores.values()]
-        rows = zip(category.test_paths, category.test_defects, category.test_labels, *columns)
-        header = ["path", "defect", "label", *scores]
-        write_atomic(self.folder / "scores.csv", csv_text(header, rows))
 
     def write_samples(self, o: Outputs) -> None:
         """samples.png: images, reconstructions, differences (white: a quarter of the range)."""
@@ -92,16 +59,19 @@ def refuse_other(config: Config, made_with: Config, path: Path) -> None:
         raise UserError(f"{path} is of another config: {', '.join(changed)}; {ANEW}")
 
 
-def read_metrics(path: Path) -> dict:
-    """A run's metrics.json; UserError where it is cut or lacks a key. Values are not checked."""
+def read_metrics(folder: Path) -> dict:
+    """A run's metrics.json in one level, scores as auroc_<name>; UserError where it is damaged."""
+    path = folder / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if missing := METRICS - metrics.keys():
             raise ValueError(f"no {min(missing)}")
-    except (ValueError, AttributeError, RecursionError) as error:
+        scores = {f"auroc_{name}": value for name, value in metrics["scores"].items()}
+        # An older run may lack a newer figure
+        return {**EMPTY, **metrics, **scores, **metrics["provenance"]}
+    except (ValueError, AttributeError, RecursionError, TypeError) as error:
         text = f"{path}: not a complete metrics.json ({error}); remove it and train again"
         raise UserError(text) from None
-    return {**EMPTY, **metrics}  # an older run may lack a newer figure
 
 
 class Recorder:
@@ -125,7 +95,7 @@ class Recorder:
             refuse_other(self.run.config, from_json(state["config"]), path)
             self.curve, step = state["curve"], state["step"]
             print(f"{self.run.name}: going on from step {step}", file=sys.stderr)
-            skip(self.progress, step)
+            self.progress.update(step)
         log = self.run.folder / "log.jsonl"
         lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
         write_atomic(log, "".join(lines[: step // LOG_EVERY]))
@@ -170,9 +140,3 @@ class Recorder:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
-
-
-def skip(bar: tqdm, steps: int) -> None:
-    """Move a progress bar past steps that were done before, without counting them as speed."""
-    bar.n = bar.last_print_n = bar.n + steps
-    bar.refresh()
