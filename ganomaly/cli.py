@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 from ganomaly import config
-from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, Config, allowed, is_name, nearest
+from ganomaly.config import DATASET_DEFAULTS, EXPERIMENTS, FIELDS, allowed, is_name, nearest
 from ganomaly.errors import UserError
 from ganomaly.files import model_file
 
@@ -63,9 +62,11 @@ def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") 
     add("--experiments-dir", type=Path, default=folder, metavar="DIR", help="[experiments]")
 
 
-def add_train_flags(parser: Parser, experiment: str = "local") -> None:
-    """What to train, how, and where."""
+def add_train_flags(parser: Parser, experiment: str = "local", recipe: str | None = None) -> None:
+    """What to train, how, and where; `experiment` and `recipe` are defaults."""
     add = parser.add_argument
+    text = f"of experiments/ [{recipe or 'the defaults below'}]"
+    add("--recipe", default=recipe, metavar="NAME", help=text)
     add("--force", action="store_true", help="train anew, over what is there")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--deterministic", action="store_true", help="on CUDA the same bytes in every run")
@@ -105,23 +106,18 @@ def experiment_folder(args: argparse.Namespace) -> Path:
     experiments/local/paper, as a shell completes it, is the same folder. <recipe>, in a default,
     stands for the recipe's name.
     """
-    name = args.experiment.rstrip("/").removeprefix(f"{args.experiments_dir.name}/")
-    if vars(args).get("recipe"):
-        name = name.replace("<recipe>", recipe_name(args))
+    name = args.experiment.replace("<recipe>", str(vars(args).get("recipe"))).rstrip("/")
+    name = name.removeprefix(f"{args.experiments_dir.name}/")
     if not all(is_name(part) for part in name.split("/")):
         raise UserError(f"--experiment {name!r} is not a plain folder name")
     return args.experiments_dir / name
 
 
-def recipe_name(args: argparse.Namespace) -> str:
-    """The name of the recipe that --recipe or --config stands for."""
-    return args.config.absolute().parent.name if args.config.stem == "config" else args.config.stem
-
-
 def given_values(args: argparse.Namespace) -> dict:
     """The Config values of --config, else of --recipe, overridden by flags.
 
-    Where --dataset is not the file's, the data set's own defaults override the file's values.
+    Where --dataset is not the file's, the data set's own defaults override the file's values. From
+    then on args.recipe is the recipe's name.
     """
     values, recipe = {}, vars(args).get("recipe")
     if args.config is None and recipe is not None:
@@ -133,12 +129,6 @@ def given_values(args: argparse.Namespace) -> dict:
         values = dataclasses.asdict(config.load_config(args.config))
         if args.dataset not in (None, values["dataset"]):
             values |= {**DATASET_DEFAULTS.get(args.dataset, {}), "category": None}
-    given = {name: vars(args)[name] for name in FIELDS}
-    return values | {name: value for name, value in given.items() if value is not None}
-
-
-def note_unused_root(values: Config, args: argparse.Namespace) -> None:
-    """Say that the digits come from scikit-learn, where --data-root names a folder."""
-    if values.dataset == "digits" and args.data_root is not None:
-        hint = "--category or --dataset folder takes images"
-        print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)
+        path = args.config.absolute()
+        args.recipe = path.parent.name if path.stem == "config" else path.stem
+    return values | {name: vars(args)[name] for name in FIELDS if vars(args)[name] is not None}

@@ -35,9 +35,7 @@ class Corruption:
         size = images.shape[-1]
         side = min(size, MASK_SIDE)
         masks = torch.stack([draw_mask(side, self.host) for _ in range(MASKS)])[:, None]
-        if size > MASK_SIDE:
-            masks = F.interpolate(masks, (size, size), mode="bilinear")
-        self.masks = masks.to(device)
+        self.masks = F.interpolate(masks, (size, size), mode="bilinear").to(device)
         # The spread of colours. It is 0 for grey images: a colour would reveal the corrupted ones
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
@@ -55,7 +53,7 @@ class Corruption:
         n, size = len(images), images.shape[-1]
         images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)
-        reach = max(1, int(reach * size))
+        reach = int(reach * size)
         rows, columns = (
             torch.where(self.uniform(n)[:, 0, 0] < 0.5, pixel, pixel.flip(0))
             .add(torch.randint(-reach, reach + 1, (n, 1), **self.draw))
@@ -136,7 +134,7 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
         else:  # a curved line
             length = size * 2 ** uniform(-3, 0)
             bends = torch.randn(1, 1, int(uniform(2, 8)), generator=rng) * uniform(0, 1.5)
-            points = max(4, int(length))
+            points = int(length)
             angle = 2 * turn + F.interpolate(bends, points, mode="linear", align_corners=True)[0, 0]
             py = cy + angle.sin().cumsum(0) * length / points
             px = cx + angle.cos().cumsum(0) * length / points

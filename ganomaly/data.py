@@ -91,16 +91,16 @@ def category_folder(config: Config, data_root: Path | None) -> Path | None:
         return None
     root = data_root_of(config.dataset, data_root)
     folder = root / config.category if config.category else root
-    if is_category(folder):
+    if train_files(folder):
         return folder
     hint = HINTS[config.dataset]
-    if is_category(root):
+    if train_files(root):
         hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
     elif (there := categories_in(root)) and config.dataset == "mvtec" and not {*there} & {*MVTEC}:
         hint = f"{root} has {', '.join(there)}; for them add --dataset folder (DATASET=folder)"
     elif there:
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
-    raise Missing(f"no folder {folder / 'train' / 'good'}; {hint}")
+    raise Missing(f"no images in {folder / 'train' / 'good'}; {hint}")
 
 
 def train_files(folder: Path) -> list[Path]:
@@ -109,16 +109,12 @@ def train_files(folder: Path) -> list[Path]:
     return image_files(good) if good.is_dir() else image_files(folder, deep=False)
 
 
-def is_category(folder: Path) -> bool:
-    return (folder / "train" / "good").is_dir() or bool(train_files(folder))
-
-
 def categories_in(root: Path) -> list[str]:
     """The sub-folders with a train/good; else those with images, if the root has none itself."""
     names = [path.parent.parent.name for path in root.glob("[!.]*/train/good")]
-    if not names and not is_category(root):
+    if not names and not train_files(root):
         others = (path for path in root.glob("[!.]*") if path.name not in THUMBNAILS)
-        names = [path.name for path in others if is_category(path)]
+        names = [path.name for path in others if train_files(path)]
     return sorted(names)
 
 
@@ -129,10 +125,13 @@ def categories_of(config: Config, data_root: Path | None) -> list[str | None]:
     return categories_in(data_root_of(config.dataset, data_root)) or [None]
 
 
-def missing_categories(
-    config: Config, names: list[str | None], data_root: Path | None, download: bool = False
+def missing(
+    config: Config, names: list[str | None], data_root: Path | None, download: bool, skip=False
 ) -> dict[str, str]:
-    """The categories whose images are not there: name -> reason."""
+    """The categories whose images are not there: name -> reason.
+
+    UserError where there are any; with `skip` only where there are no others.
+    """
     missing = {}
     for name in names:
         one = config.replace(category=name)
@@ -141,16 +140,15 @@ def missing_categories(
                 arrays(config.dataset, data_root, download)
         except Missing as error:
             missing[name] = str(error)
+    others = {*names} - missing.keys()
+    if missing and not (skip and others):
+        hint = "; --categories, or --skip-missing in a benchmark, leaves them out" if others else ""
+        raise UserError(
+            f"data of {len(missing)} of {len(names)} categories is missing "
+            f"({', '.join(name or 'any' for name in missing)}), nothing was trained{hint}. "
+            f"The first: {next(iter(missing.values()))}"
+        )
     return missing
-
-
-def refuse_missing(missing: dict[str, str], names: list[str], hint: str = "") -> None:
-    """UserError for a command that stops because of missing_categories."""
-    raise UserError(
-        f"data of {len(missing)} of {len(names)} categories is missing "
-        f"({', '.join(name or 'any' for name in missing)}), nothing was trained{hint}. "
-        f"The first: {next(iter(missing.values()))}"
-    )
 
 
 def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
@@ -245,6 +243,9 @@ def arrays(dataset: str, data_root: Path | None, download: bool) -> tuple[np.nda
     if dataset == "digits":
         from sklearn.datasets import load_digits  # late, as it is slow to import
 
+        if data_root is not None:
+            hint = "--category or --dataset folder takes images"
+            print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)
         digits = load_digits()
         return np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target
     from torchvision import datasets  # late, as it is slow to import

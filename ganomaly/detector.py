@@ -5,7 +5,7 @@ other images it differs by rounding only, at most by 1e-5 of its size. Scoring c
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from ganomaly.files import model_file, read_torch
 from ganomaly.images import Kind, note_odd, read_images
 from ganomaly.networks import build
 from ganomaly.packed import packed
-from ganomaly.scoring import Calibration, Measured, Outputs, Raw, Statistics, p_values
+from ganomaly.scoring import Measured, Outputs, Statistics, p_values
 
 PASS_IMAGES, PASS_PIXELS = 64, 2**20  # limits of one scoring pass; they bound its memory
 MOVES = ((1, -2), (-1, -2), (1, -1), (-1, -1))  # one pixel down, up, right, left
@@ -76,7 +76,8 @@ class Detector:
     config: Config
     device: torch.device
     scale: float | None = None  # of the normalised input, see batches.to_input
-    calibration: Calibration | None = None
+    statistics: Statistics | None = None  # of the calibration images
+    normal_scores: dict[str, Tensor] | None = None  # theirs, sorted: name -> (n,) float32
     threshold: float | None = None  # of the headline score
     kind: Kind = Kind()  # of the training images
     trained_on: Sequence[str] = ()  # data.fingerprints of the training images
@@ -113,20 +114,20 @@ class Detector:
 
     def calibrate(self, pixels: Tensor) -> None:
         """Learn from uint8 normal images (n, C, S, S) that were not trained on."""
-        self.calibration = scoring.calibrate(self.raw(pixels), self.config.seed)
+        self.statistics, self.normal_scores = scoring.calibrate(self.raw(pixels), self.config.seed)
         self.set_quantile()
 
     @property
     def normal(self) -> Tensor:
         """The headline scores of the calibration images: (n,) float32, sorted."""
-        return self.calibration.scores[self.config.score]
+        return self.normal_scores[self.config.score]
 
     def set_quantile(self, quantile: float | None = None, score: str | None = None) -> None:
         """Move the threshold: to another quantile, or to that of another headline score."""
         quantile = self.config.quantile if quantile is None else quantile
         score = score or self.config.score
-        if score not in self.calibration.scores:
-            raise UserError(f"score: {score} is none of {', '.join(self.calibration.scores)}")
+        if score not in self.normal_scores:
+            raise UserError(f"score: {score} is none of {', '.join(self.normal_scores)}")
         self.config = self.config.replace(quantile=quantile, score=score)
         self.threshold = scoring.threshold_at(self.normal, quantile)
 
@@ -141,8 +142,7 @@ class Detector:
         if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":  # no array of paths
             images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
-            several = isinstance(images, Iterable) and not isinstance(images, str)
-            paths = list(images) if several else [images]
+            paths = [images] if isinstance(images, str | Path) else list(images)
             if not all(isinstance(path, str | Path) for path in paths):
                 raise ValueError("images are paths of files, or one uint8 tensor (N, C, S, S)")
             images, facts = read_images(paths, c.image_size, c.channels, self.kind.full_scale)
@@ -176,23 +176,21 @@ class Detector:
             raise UserError("a score is not finite: the training diverged, lower --lr")
         return joined
 
-    def raw(self, pixels: Tensor) -> Raw:
+    def raw(self, pixels: Tensor) -> Measured:
         """All uncalibrated scores of uint8 images (N, C, S, S)."""
         return self.map_batches(pixels, lambda o, m: scoring.raw_scores(m))
 
     def scores(self, pixels: Tensor) -> dict[str, Tensor]:
         """Every anomaly score of uint8 images (N, C, S, S): name -> (N,) float32."""
-        fitted, names = self.calibration.statistics, self.calibration.scores
-        return scoring.all_scores(self.raw(pixels), fitted, names)
+        return scoring.all_scores(self.raw(pixels), self.statistics, self.normal_scores)
 
     def heat_maps(self, pixels: Tensor) -> Tensor:
         """scoring.heat_map of uint8 images (N, C, S, S): (N, S, S) float32, on the CPU."""
-        fitted = self.calibration.statistics
-        return self.map_batches(pixels, lambda o, m: scoring.heat_map(m, fitted))
+        return self.map_batches(pixels, lambda o, m: scoring.heat_map(m, self.statistics))
 
     def explain(self, pixels: Tensor) -> tuple[Verdicts, Tensor, Tensor]:
         """Verdicts, uint8 reconstructions (N, C, S, S) and heat maps (N, S, S), in one pass."""
-        fitted, name = self.calibration.statistics, self.config.score
+        fitted, name = self.statistics, self.config.score
         raw, x_hat, heat = self.map_batches(
             pixels, lambda o, m: (scoring.raw_scores(m), o.x_hat, scoring.heat_map(m, fitted))
         )
@@ -204,8 +202,8 @@ class Detector:
         return {
             "config": self.config.to_json(),
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "statistics": vars(self.calibration.statistics),
-            "scores": self.calibration.scores,
+            "statistics": vars(self.statistics),
+            "scores": self.normal_scores,
             "threshold": self.threshold,
             "scale": self.scale,
             "kind": tuple(self.kind),
@@ -225,10 +223,10 @@ def load_detector(path, device: torch.device) -> Detector:
         networks = build(config)
         for name, network in networks.items():
             network.load_state_dict(state["networks"][name])
-        calibration = Calibration(Statistics(**state["statistics"]), state["scores"])
+        statistics, scores = Statistics(**state["statistics"]), state["scores"]
         threshold, scale = state["threshold"], state["scale"]
         kind, trained_on = Kind(*state.get("kind", ())), state.get("trained_on", ())
-        if not {config.score} <= calibration.scores.keys() <= set(config.scores):
+        if not {config.score} <= scores.keys() <= set(config.scores):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
         if out_of_memory(error):
@@ -237,4 +235,6 @@ def load_detector(path, device: torch.device) -> Detector:
             f"{path}: not a model.pt of this version; name the one in the folder of a finished run"
             f"{reason_of(error)}"
         ) from None
-    return Detector(networks, config, device, scale, calibration, threshold, kind, trained_on)
+    return Detector(
+        networks, config, device, scale, statistics, scores, threshold, kind, trained_on
+    )

@@ -103,12 +103,9 @@ def mask_pixels(image: Image.Image) -> np.ndarray:
     So 1 and 255 both mean defective, and the noise of a JPEG does not. Of a mask that varies in
     its alpha channel only, this channel is taken.
     """
-    image = image.convert("RGBA") if "transparency" in image.info else image
-    *colours, alpha = (np.asarray(band) for band in image.split())
-    if image.mode[-1] == "A" and not any(np.ptp(colour) for colour in colours):
-        levels = alpha
-    else:
-        levels = np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB"))
-        levels = levels.max(2) if levels.ndim == 3 else levels
+    levels = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
+    if levels.ndim == 3:
+        levels, alpha = levels[..., :3].max(2), levels[..., 3]
+        levels = levels if np.ptp(levels) or not np.ptp(alpha) else alpha
     few = len(np.unique(levels)) <= FEW_LEVELS or levels.max() < 128  # numbers of defects
     return levels > 0 if few else levels > levels.max() / 2

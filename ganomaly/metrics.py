@@ -6,41 +6,31 @@ Labels are 0 normal, 1 defective; a higher score means more anomalous.
 from collections.abc import Iterable
 
 import numpy as np
+import sklearn.metrics as sk
 from scipy import ndimage
 from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    accuracy_score,
-    auc,
-    average_precision_score,
-    confusion_matrix,
-    pairwise_distances_argmin_min,
-    precision_recall_curve,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 
 
 def evaluate(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict:
     """Figures of scores (N,) and of verdicts at a threshold, as experiments/README.md explains."""
     verdicts = scores > threshold
-    rates = precision_recall_fscore_support(labels, verdicts, average="binary", zero_division=0)
-    bad, good = int(labels.sum()), int((labels == 0).sum())
+    rates = sk.precision_recall_fscore_support(labels, verdicts, average="binary", zero_division=0)
     names = "true_negative", "false_positive", "false_negative", "true_positive"
-    precisions, recalls, _ = precision_recall_curve(labels, scores)
+    precisions, recalls, _ = sk.precision_recall_curve(labels, scores)
     f1s = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
     return {
         "auroc": auroc(labels, scores),
-        "average_precision": float(average_precision_score(labels, scores)),
+        "average_precision": float(sk.average_precision_score(labels, scores)),
         **dict(zip(("precision", "recall", "f1"), map(float, rates))),
-        "accuracy": float(accuracy_score(labels, verdicts)),
+        "accuracy": float(sk.accuracy_score(labels, verdicts)),
         "f1_max": float(np.max(f1s)),
-        "f1_trivial": 2 * bad / (2 * bad + good),
-        "confusion": dict(zip(names, confusion_matrix(labels, verdicts).ravel().tolist())),
+        "f1_trivial": float(sk.f1_score(labels, np.ones_like(labels))),
+        "confusion": dict(zip(names, sk.confusion_matrix(labels, verdicts).ravel().tolist())),
     }
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    return float(roc_auc_score(labels, scores))
+    return float(sk.roc_auc_score(labels, scores))
 
 
 def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
@@ -60,7 +50,7 @@ def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
     sums = (np.append(0, np.cumsum(v.ravel()[order])[ends]) for v in (~masks, overlap))
     x, y = (values / values[-1] for values in sums)  # the rate and the overlap
     below, last = x <= limit, np.interp(limit, x, y)
-    return float(auc(np.append(x[below], limit), np.append(y[below], last)) / limit)
+    return float(sk.auc(np.append(x[below], limit), np.append(y[below], last)) / limit)
 
 
 def found(kinds: list[str], verdicts: np.ndarray) -> dict[str, dict[str, int]]:
@@ -96,7 +86,7 @@ def controls(train: np.ndarray, test: Iterable[np.ndarray], labels: np.ndarray) 
         part = part.reshape(len(part), -1)
         residual = part - pca.inverse_transform(pca.transform(part))
         distance = ((part - mean) ** 2).sum(axis=1)
-        _, nearest = pairwise_distances_argmin_min(part, train)
+        _, nearest = sk.pairwise_distances_argmin_min(part, train)
         rows.append(np.stack([brightness(part), distance, (residual**2).sum(axis=1), nearest]))
     values = np.concatenate(rows, axis=1)
     names = ("auroc_brightness", "auroc_mean_distance", "auroc_pca", "auroc_nearest")

@@ -6,12 +6,16 @@ Config; S is its image_size.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganomaly.config import Config
+
+relu = partial(nn.ReLU, inplace=True)
+leaky_relu = partial(nn.LeakyReLU, 0.2, inplace=True)
 
 
 def channel_plan(image_size: int, width: int) -> list[int]:
@@ -24,10 +28,6 @@ def channel_plan(image_size: int, width: int) -> list[int]:
 def block(convolution: nn.Module, activation: nn.Module) -> list[nn.Module]:
     """A convolution, BatchNorm and an activation."""
     return [convolution, nn.BatchNorm2d(convolution.out_channels), activation]
-
-
-def leaky_relu() -> nn.Module:
-    return nn.LeakyReLU(0.2, inplace=True)
 
 
 def downsampling(config: Config) -> nn.Sequential:
@@ -60,13 +60,11 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         plan, width = channel_plan(config.image_size, config.width)[::-1], config.width
-        first = nn.ConvTranspose2d(config.latent_dim, plan[0], 4, 1, 0, bias=False)
-        layers = block(first, nn.ReLU(inplace=True))
+        layers = block(nn.ConvTranspose2d(config.latent_dim, plan[0], 4, 1, 0, bias=False), relu())
         for before, after in zip(plan, plan[1:]):
-            up = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
-            layers += block(up, nn.ReLU(inplace=True))
+            layers += block(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), relu())
         for _ in range(config.extra_layers):
-            layers += block(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.ReLU(inplace=True))
+            layers += block(nn.Conv2d(width, width, 3, 1, 1, bias=False), relu())
         layers += [nn.ConvTranspose2d(width, config.channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
@@ -133,7 +131,7 @@ class Comparator(nn.Module):
 def two_convolutions(before: int, after: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs in (before, after):
-        layers += block(nn.Conv2d(inputs, after, 3, 1, 1, bias=False), nn.ReLU(inplace=True))
+        layers += block(nn.Conv2d(inputs, after, 3, 1, 1, bias=False), relu())
     return nn.Sequential(*layers)
 
 

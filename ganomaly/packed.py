@@ -9,8 +9,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-OPERATORS = torch.ops.mkldnn  # of oneDNN, formerly MKL-DNN
-
 
 class Packed(nn.Module):
     """An nn.Conv2d or nn.ConvTranspose2d for float32 on a CPU, without gradients."""
@@ -19,13 +17,12 @@ class Packed(nn.Module):
         super().__init__()
         self.layer = layer
         self.geometry = [layer.padding, layer.stride, layer.dilation, layer.groups]
-        transposed = isinstance(layer, nn.ConvTranspose2d)
-        if transposed:
+        if layer.transposed:
             self.geometry.insert(1, layer.output_padding)
-        kind = "_transpose" if transposed else ""
-        pack = getattr(OPERATORS, f"_reorder_convolution{kind}_weight")
+        kind = "_transpose" if layer.transposed else ""
+        pack = getattr(torch.ops.mkldnn, f"_reorder_convolution{kind}_weight")
         self.weight = pack(layer.weight.detach(), *self.geometry)
-        self.convolve = getattr(OPERATORS, f"_convolution{kind}_pointwise")
+        self.convolve = getattr(torch.ops.mkldnn, f"_convolution{kind}_pointwise")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.weight, self.layer.bias, *self.geometry, "none", [], "")

@@ -80,26 +80,21 @@ def find_images(text: str) -> list[Item]:
         given = sys.stdin.read()
         if "\0" in given:  # UTF-16 has them too
             raise UserError("--images -: takes UTF-8, a path a line, as of find without -print0")
-        lines = [line for line in given.split("\n") if line]
-        if not lines:
-            raise UserError("--images -: no paths came through the pipe")
-        return [one_item(Path(line)) for line in lines]
-    if text and path.is_dir():
+        found = [one_item(line) for line in given.split("\n") if line]
+    elif text and path.is_dir():
         inside = [p for p in walk(path) if is_image(p) or os.path.isdir(p)]
         note_left_out(path, inside)
-        if not inside:
-            raise UserError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
-        return [(p, os.path.relpath(p, path)) for p in inside]
-    if path.is_file():
-        return [one_item(path)]
-    matches = [match for match in sorted(glob.glob(text, recursive=True)) if is_image(match)]
-    found = [one_item(Path(match)) for match in matches if os.path.isfile(match)]
+        found = [(p, os.path.relpath(p, path)) for p in inside]
+    else:
+        matches = [match for match in sorted(glob.glob(text, recursive=True)) if is_image(match)]
+        found = [one_item(match) for match in ([text] if path.is_file() else matches)]
     if not found:
-        raise UserError(f"'{text}': no such image or folder; as a pattern, no image matches it")
+        raise UserError(f"--images '{text}': there is no image ({', '.join(sorted(SUFFIXES))})")
     return found
 
 
-def one_item(path: Path) -> Item:
+def one_item(text: str) -> Item:
     """One image by its own path, whether it exists or not: its row says what is wrong."""
+    path = Path(text)
     inside = not path.is_absolute() and ".." not in path.parts
     return str(path), str(path) if inside else path.name

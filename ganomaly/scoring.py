@@ -92,7 +92,6 @@ def highest(m: Tensor, share: float) -> Tensor:
 
 MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
 PARTS = ("residual", "gradient", "comparator")  # of the score `calibrated` and of heat maps
-STANDARDISED = (*PARTS, "residual_wide")  # scores that are combined after standardising
 
 # Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
 # paper prints `latent_l1`.
@@ -112,11 +111,11 @@ MAP_SCORES = {
 
 
 class Measured(NamedTuple):
-    """Maps, plain scores and gaps of a batch; copies of the same images can be averaged."""
+    """What images measure, before any calibration; that of copies of an image can be averaged."""
 
-    maps: dict[str, Tensor]  # of MAPS: (B, S, S)
-    plain: dict[str, Tensor]  # PLAIN_SCORES: (B,)
-    gaps: Tensor  # (B, latent_dim) float64, z - z_hat
+    maps: dict[str, Tensor]  # of MAPS: (N, S, S); none any more in raw_scores
+    scores: dict[str, Tensor]  # PLAIN_SCORES, in raw_scores also MAP_SCORES: (N,) float32
+    gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
 
 def measure(o: Outputs) -> Measured:
@@ -127,20 +126,10 @@ def measure(o: Outputs) -> Measured:
     return Measured(maps, plain, (o.z - o.z_hat).double())
 
 
-class Raw(NamedTuple):
-    """Scores of N images before any calibration."""
-
-    scores: dict[str, Tensor]  # name -> (N,) float32
-    gaps: Tensor  # (N, latent_dim) float64, z - z_hat
-
-    def subset(self, images: Tensor) -> "Raw":
-        return tree_map(lambda values: values[images], self)
-
-
-def raw_scores(m: Measured) -> Raw:
-    """The PLAIN_SCORES and MAP_SCORES of one batch; without a comparator, not its score."""
+def raw_scores(m: Measured) -> Measured:
+    """The MAP_SCORES in place of the maps; without a comparator, not its score."""
     of_maps = {n: score(m.maps[name]) for n, (name, score) in MAP_SCORES.items() if name in m.maps}
-    return Raw({**m.plain, **of_maps}, m.gaps)
+    return Measured({}, {**m.scores, **of_maps}, m.gaps)
 
 
 # Statistics of normal images, and the scores that need them
@@ -152,13 +141,7 @@ class Statistics:
 
     mean: Tensor  # (latent_dim,) float64, of z - z_hat
     precision: Tensor  # (latent_dim, latent_dim) float64, inverse Ledoit-Wolf covariance
-    parts: dict[str, tuple[float, float]]  # STANDARDISED score -> mean, standard deviation
-
-
-@dataclass
-class Calibration:
-    statistics: Statistics
-    scores: dict[str, Tensor]  # name -> (n,) float32, sorted out-of-fold scores
+    parts: dict[str, tuple[float, float]]  # score -> mean, standard deviation
 
 
 def whitened(gaps: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
@@ -176,7 +159,7 @@ def mean_z(values: dict[str, Tensor], statistics: Statistics, names) -> Tensor:
     return sum((values[n] - mean) / dev for n, (mean, dev) in parts.items()) / len(parts)
 
 
-def small_or_large(raw: Raw, statistics: Statistics) -> Tensor:
+def small_or_large(raw: Measured, statistics: Statistics) -> Tensor:
     """The larger of a score for small defects and one for large ones: (N,) float32."""
     small = mean_z(raw.scores, statistics, ("gradient", "comparator"))
     return small.maximum(mean_z(raw.scores, statistics, ("residual_wide",)))
@@ -190,7 +173,7 @@ FITTED_SCORES = {
 SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
 
 
-def all_scores(raw: Raw, statistics: Statistics, names=SCORES) -> dict[str, Tensor]:
+def all_scores(raw: Measured, statistics: Statistics, names=SCORES) -> dict[str, Tensor]:
     """The raw scores and the FITTED_SCORES whose name is in `names`: name -> (N,) float32."""
     fitted = {n: score(raw, statistics) for n, score in FITTED_SCORES.items() if n in names}
     return {**raw.scores, **fitted}
@@ -204,33 +187,36 @@ def heat_map(m: Measured, statistics: Statistics) -> Tensor:
     return mean_z(m.maps, statistics, PARTS)
 
 
-def fit(raw: Raw) -> Statistics:
+def fit(raw: Measured) -> Statistics:
     """Statistics of n normal images; a standard deviation is at least 1e-12."""
     from sklearn.covariance import LedoitWolf  # late: slow to import, and predict.py needs none
 
     fitted = LedoitWolf().fit(raw.gaps.numpy())
-    parts = {name: raw.scores[name].double() for name in STANDARDISED if name in raw.scores}
+    scores = {name: values.double() for name, values in raw.scores.items()}
     return Statistics(
         torch.from_numpy(fitted.location_),
         torch.from_numpy(fitted.precision_),
-        {name: (float(s.mean()), max(float(s.std()), 1e-12)) for name, s in parts.items()},
+        {name: (float(s.mean()), max(float(s.std()), 1e-12)) for name, s in scores.items()},
     )
 
 
-def calibrate(raw: Raw, seed: int) -> Calibration:
-    """Statistics from all calibration images, scores from five folds.
+def calibrate(raw: Measured, seed: int) -> tuple[Statistics, dict[str, Tensor]]:
+    """Statistics of all n images, and their sorted scores from five folds: name -> (n,) float32.
 
     Each image is scored with statistics of the other four folds. Without folds there would be far
     more false alarms.
     """
-    n = len(raw.gaps)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    scores: dict[str, Tensor] = {}
+
+    def subset(images: Tensor) -> Measured:
+        return tree_map(lambda values: values[images], raw)
+
+    order = torch.randperm(len(raw.gaps), generator=torch.Generator().manual_seed(seed))
+    parts = []
     for fold in order.tensor_split(FOLDS):
         others = order[~torch.isin(order, fold)]
-        for name, values in all_scores(raw.subset(fold), fit(raw.subset(others))).items():
-            scores.setdefault(name, torch.empty(n))[fold] = values
-    return Calibration(fit(raw), {name: s.sort().values for name, s in scores.items()})
+        parts.append(all_scores(subset(fold), fit(subset(others))))
+    scores = tree_map(lambda *folds: torch.cat(folds).sort().values, *parts)
+    return fit(raw), scores
 
 
 # Threshold and p-values: split conformal prediction

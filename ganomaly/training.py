@@ -58,8 +58,6 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     generator, discriminator = networks["generator"], networks["discriminator"]
     comparator = networks.get("comparator")
     averages = {n: copy.deepcopy(net) for n, net in networks.items() if n != "discriminator"}
-    for average in averages.values():
-        average.requires_grad_(False)
     adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     settings = dict(lr=config.lr, betas=(config.beta1, 0.999))
     weights_g, weights_d = list(generator.parameters()), list(discriminator.parameters())
@@ -91,8 +89,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
                 f"{flag('--force')} starts anew"
             )
         for name, part in stateful.items():
-            if state[name]:  # empty for a scaler that is off
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
         for one, value in zip(rngs, state["rngs"]):
             one.set_state(value)
         for name, value in state["sums"].items():

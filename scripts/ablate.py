@@ -39,11 +39,11 @@ Runs = dict[tuple[str, str, int], dict]  # (ablation, category, seed) -> flat me
 
 def main(argv=None) -> int:
     parser, names = cli.Parser(__doc__), [name for name, _ in ABLATIONS]
-    add = parser.add_argument
-    add("--recipe", default="calibrated", metavar="NAME", help="[calibrated]")
-    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="ablations [all]"
+    )
     cli.add_list_flags(parser)
-    cli.add_train_flags(parser, "local/ablations-<recipe>")
+    cli.add_train_flags(parser, "local/ablations-<recipe>", "calibrated")
     args = parser.parse_args(argv)
     recipe = resolve({**cli.given_values(args), "category": None})
     folder = cli.experiment_folder(args)
@@ -66,8 +66,7 @@ def main(argv=None) -> int:
     setting = Setting(args.data_root, device, args.force, args.download)
     if args.dry_run:
         return plan_all(jobs, setting)
-    if missing := data.missing_categories(recipe, categories, args.data_root, args.download):
-        data.refuse_missing(missing, categories)
+    data.missing(recipe, categories, args.data_root, args.download)
 
     finished, failed = run_all(jobs, setting)
     evaluated = [metrics for metrics in finished.values() if metrics["auroc"] is not None]

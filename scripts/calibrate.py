@@ -22,7 +22,7 @@ from ganomaly.paths import find_images
 from ganomaly.runs.results import promise
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[calibrated.pt by the model]")
@@ -57,7 +57,6 @@ def main(argv=None) -> int:
     print(f"now: {now} of these {n} images are above the threshold {detector.threshold:.6g}")
     print(f"score {detector.config.score}: {promise(n, detector.config.quantile)}")
     print(f"written {output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ LICENCE = "MVTec AD (Bergmann et al., CVPR 2019): CC BY-NC-SA 4.0, not for comme
 HINT = "URL= takes a mirror or a local file"
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="[data/mvtec]")
     parser.add_argument("--url", default=URL, metavar="URL", help="a mirror or a local file")
@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     missing = [root / name for name in MVTEC if not (root / name / "train" / "good").is_dir()]
     if not missing:
         print(f"{root}: all {len(MVTEC)} categories are there, nothing to do")
-        return 0
+        return
     if broken := ", ".join(str(folder) for folder in missing if folder.exists()):
         raise UserError(f"{broken}: there, but without train/good; move it out of the way")
     local = not args.url.startswith(("http://", "https://"))
@@ -61,7 +61,6 @@ def main(argv=None) -> int:
         if not local:
             archive.unlink()
     print(f"{root}: {len(missing)} categories added")
-    return 0
 
 
 def download(url: str, archive: Path, size: int) -> None:

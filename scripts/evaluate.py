@@ -21,7 +21,7 @@ from ganomaly.runs.results import summary
 from ganomaly.runs.run import Run, read_metrics
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_place_flags(parser)
     parser.add_config_flags()
@@ -47,11 +47,10 @@ def main(argv=None) -> int:
     print(summary(metrics, config.quantile))
     if metrics["score"] != config.score:
         print(f"  written   nothing, as the score of this run is {config.score}")
-        return 0
+        return
     write_results(folder)
     changed = [key for key in metrics if key != "provenance" and metrics[key] != before.get(key)]
     print(f"  changed   {', '.join(changed) or 'nothing: the numbers are those of the run'}")
-    return 0
 
 
 if __name__ == "__main__":

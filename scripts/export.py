@@ -31,7 +31,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages
 SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_model_flags(parser, images=False)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[model.pt2 beside the model]")
@@ -65,7 +65,6 @@ def main(argv=None) -> int:
         f"{output}: uint8 (B, {c.channels}, {side}, {side}) -> {c.score} scores (B,), verdicts "
         f"(B,), heat maps (B, {side}, {side}); {promise(len(detector.normal), c.quantile)}"
     )
-    return 0
 
 
 class Program(nn.Module):
@@ -77,7 +76,7 @@ class Program(nn.Module):
         self.networks = nn.ModuleDict(detector.networks)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        detector, fitted = self.detector, self.detector.calibration.statistics
+        detector, fitted = self.detector, self.detector.statistics
         score = detector.config.score
         o = outputs_of(self.networks, to_input(images, images.device, detector.scale))
         m = measured_by(self.networks, o, detector.config.tta)

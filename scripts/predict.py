@@ -3,17 +3,16 @@
 An image is called defective when its score is above the threshold, which held-out normal images
 set; the p-value is the share of normal images that score as high. An image that cannot be read is
 a row with the reason, and the exit code is 1. Rows are written as images are scored, into
-FILE.part until all are there. Its last column tells whether the model or an image has changed
-since. After an interruption the same command goes on from there.
+FILE.part until all are there. After an interruption the same command goes on from there, unless
+the model or an image has changed since.
 """
 
 import contextlib
 import csv
 import errno
-import itertools
+import hashlib
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ganomaly import cli
@@ -48,13 +46,13 @@ def main(argv=None) -> int:
     add("--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each")
     add("--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first")
     args = parser.parse_args(argv)
-    args.begun = time.time()
 
+    items = [item for text in args.images for item in find_images(text)]
+    inputs = [args.model, *(path for path, _ in items)]
+    key = key_of([args.heatmaps, args.quantile, args.score], inputs)  # before any of them is read
     detector = load_detector(args.model, use_device(args.device))
     use_threads(detector.config.threads)
     detector.set_quantile(args.quantile, args.score)
-    items = [item for text in args.images for item in find_images(text)]
-    inputs = [args.model, *(path for path, _ in items)]
     if args.output:
         check_output(args.output, inputs)
     if args.report:
@@ -65,7 +63,7 @@ def main(argv=None) -> int:
         check_heatmaps(args.heatmaps, args.images, items)
 
     seen: list[tuple[str, Facts]] = []
-    rows = write_rows(args, items, detector, seen)
+    rows = write_rows(args, items, key, detector, seen)
     counts = Counter(verdict.partition(":")[0] for _, _, _, verdict, _ in rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("normal", "defective", "unreadable"))
     note_odd([path for path, _ in seen], [facts for _, facts in seen], detector.kind)
@@ -83,9 +81,9 @@ def main(argv=None) -> int:
     return 1 if counts["unreadable"] else 0
 
 
-def write_rows(args, items: list[Item], detector: Detector, seen: list) -> list[list]:
+def write_rows(args, items: list[Item], key: str, detector: Detector, seen: list) -> list[list]:
     """Score the images and write a row of each; those of an interrupted run come first."""
-    output, part, before, rows = args.output, None, [], []
+    output, part, rows = args.output, None, []
     if output is None:
         opened = contextlib.nullcontext(sys.stdout)
     elif output.exists() and not output.is_file():  # a pipe or a device
@@ -99,17 +97,14 @@ def write_rows(args, items: list[Item], detector: Detector, seen: list) -> list[
         if part:
             lock(file, f"{part}: another process is writing to this file")
             if file.tell():
-                before = rows_before(file, items, detector, args)
-                text = f"going on after {len(before)} of {len(items)} images"
+                rows = rows_before(file, key, detector.batch)
+                text = f"going on after {len(rows)} of {len(items)} images"
                 print(f"{part}: {text}; notes are on the others", file=sys.stderr)
             file.truncate(0)
-        writer.writerow(header_of(args) if part else HEADER)
+        writer.writerows([[*HEADER, key] if part else HEADER, *rows])
         try:
-            others = judged(detector, items[len(before) :], args.heatmaps, seen)
-            for batch in itertools.chain([before], others):
+            for batch in judged(detector, items[len(rows) :], args.heatmaps, seen):
                 rows += batch
-                if part:
-                    batch = [[*row, version_of(row[0], args.begun)] for row in batch]
                 writer.writerows(batch)
                 file.flush()
             if part:
@@ -122,74 +117,43 @@ def write_rows(args, items: list[Item], detector: Detector, seen: list) -> list[
     return rows
 
 
-def version_of(path: str | Path, begun: float) -> str:
-    """A text that changes when a file is changed, replaced or removed.
-
-    A file that has changed since the command began may have been read before. It has a version of
-    this command alone.
-    """
-    if not os.path.exists(path):
-        return "none"
-    state = os.stat(path)
-    version = state.st_ctime_ns if state.st_ctime < begun else f"changed after {begun}"
-    return f"{state.st_ino}-{version}"
+def key_of(words: list, paths: list[str | Path]) -> str:
+    """A text that changes with the words, and when one of the files is changed or replaced."""
+    states = [os.stat(path) if os.path.exists(path) else None for path in paths]
+    versions = [state and (state.st_ino, state.st_ctime_ns) for state in states]
+    return hashlib.sha256(repr([words, paths, versions]).encode()).hexdigest()
 
 
-def header_of(args) -> list[str]:
-    """The first row of an unfinished output: another command has another one."""
-    return [*HEADER, version_of(args.model, args.begun), str(args.heatmaps)]
-
-
-def rows_before(file: IO, items: list[Item], detector: Detector, args) -> list:
+def rows_before(file: IO, key: str, batch: int) -> list:
     """The rows that an interrupted run of the same command has written.
 
-    None if the model or the folder of heat maps is another one now. They end where an image is
-    another one. The last row may be cut. Only whole batches count, as the last digits of a score
-    depend on the others of its batch.
+    The last row may be cut. Only whole batches count, as the last digits of a score depend on the
+    others of its batch.
     """
     file.seek(0)
     try:
         header, *rows = list(csv.reader(file))[:-1] or [[]]
     except csv.Error:
         return []
-    if header != header_of(args):
-        return []
-    threshold, n = f"{detector.threshold:.9g}", 0
-    for (path, name), row in zip(items, rows):
-        if [*row[:1], *row[2:3], *row[5:]] != [path, threshold, version_of(path, args.begun)]:
-            break
-        if args.heatmaps and row[1] and not os.path.exists(heatmap_of(args.heatmaps, name)):
-            break
-        n += 1
-    return [row[:5] for row in rows[: n - n % detector.batch]]
+    return rows[: len(rows) - len(rows) % batch] if header == [*HEADER, key] else []
 
 
 def check_heatmaps(folder: Path, places: list[str], items: list[Item]) -> None:
-    """No heat map may take the place of an image or of another heat map, nor be scored as one."""
-    paths: dict[Path, str] = {}
-    real = Path(os.path.realpath(folder))
+    """No heat map may take the place of another file, nor be scored as an image."""
     for place in map(os.path.realpath, filter(os.path.isdir, places)):
-        # Not in the place are "..", of a folder outside, and hidden folders, which nobody searches
-        if not any(part.startswith(".") for part in Path(os.path.relpath(real, place)).parts):
+        if Path(os.path.realpath(folder)).is_relative_to(place):
             raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
+    paths: dict[Path, str] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
-        if Path(os.path.realpath(path)).is_relative_to(real):
-            raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
-        if os.path.exists(target) and not is_heatmap(target):
-            raise UserError(f"--heatmaps: {target} is there and none of ours; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"
             raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
-
-
-def is_heatmap(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.size == (3 * SIDE, SIDE)
-    except Exception:  # damaged, or anything else
-        return False
+    ours = folder / ".heatmaps"  # an older command made it
+    if any(folder.iterdir()) and not ours.exists():
+        raise UserError(f"--heatmaps {folder}: holds other files; name a new folder")
+    ours.touch()
 
 
 def heatmap_of(folder: Path, name: str) -> Path:

@@ -29,10 +29,9 @@ OTHERS = {
 }
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     cli.Parser(__doc__).parse_args(argv)
     write_atomic(README, updated(README.read_text(encoding="utf-8")))
-    return 0
 
 
 def updated(text: str) -> str:

@@ -16,7 +16,7 @@ from ganomaly.files import check_output, write_output
 from ganomaly.runs.report import report_page
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", help="[report.html in the folder]")
     cli.add_place_flags(parser)
@@ -28,7 +28,6 @@ def main(argv=None) -> int:
     check_output(output)
     write_output(output, report_page(folder, args.data_root, use_device(args.device)))
     print(f"written {output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ SIZES = {"cpu": [(64, 64), (64, 16), (128, 64)], "cuda": [(64, 64), (64, 16), (1
 WARM_UP = {"cpu": 2, "cuda": 6}  # steps before the timed ones; a GPU records its graph in them
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="parts [all]")
     parser.add_argument("--peer", action="append", default=[], metavar="COMMAND", help="see above")
@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     origin = provenance(args.device, resolve({"threads": args.threads}))
     if args.profile:
         profile(args, folder)
-        return 0
+        return
     path = folder / "speed.json"
     # The parts that are not measured now stay as an earlier call measured them
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -67,7 +67,6 @@ def main(argv=None) -> int:
     text = markdown(page(table))
     write_atomic(path.with_suffix(".md"), text)
     print(text)
-    return 0
 
 
 def roof(args) -> list[dict]:

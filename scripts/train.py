@@ -22,22 +22,20 @@ from ganomaly.runs.results import summary
 from ganomaly.runs.run import Run
 
 
-def main(argv=None) -> int:
+def main(argv=None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--recipe", metavar="NAME", help="of experiments/ [the defaults below]")
     cli.add_train_flags(parser)
     args = parser.parse_args(argv)
     config = resolve(cli.given_values(args))
-    recipe = cli.recipe_name(args) if args.config else "of the defaults"
     folder = cli.experiment_folder(args)
-    cli.note_unused_root(config, args)
 
     device = use_device(args.device, args.deterministic)
+    recipe = args.recipe or "of the defaults"
     setting = pipeline.Setting(args.data_root, device, args.force, args.download, recipe)
     if args.dry_run:
         run = pipeline.run_of(config, folder, setting)
         print(f"{run.config.to_json()}would: {pipeline.plan(run, setting)}")
-        return 0
+        return
     with tqdm(total=config.steps, unit="step", leave=False, disable=None) as bar:
         metrics, outcome = pipeline.run_one(config, folder, setting, bar)
     write_results(folder)
@@ -45,7 +43,6 @@ def main(argv=None) -> int:
         print(f"{outcome}; {flag('--force')} trains it anew")
     print(summary(metrics, config.quantile))
     print(f"  written   {Run(folder, metrics['category'], config).folder}")
-    return 0
 
 
 if __name__ == "__main__":

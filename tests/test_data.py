@@ -101,7 +101,7 @@ def test_sets_that_cannot_work_are_refused(tmp_path):
     for counts, words in (
         (dict(n_good=0), "images are needed in test/good"),
         (dict(n_bad=0, defects=()), "images are needed in .* test/<defect>"),
-        (dict(n_train=0), "0 training images"),
+        (dict(n_train=0), "no images in .*train/good"),
         (dict(n_train=19), "19 training images.*calibration takes 10, training needs 10"),
     ):
         root = draw_category(tmp_path / words / "parts", **counts)
@@ -116,7 +116,7 @@ def test_missing_data_names_the_folder_and_what_is_there_or_the_mend(tmp_path):
     shutil.copytree(tmp_path / "set/bottle/train/good", tmp_path / "photographs" / "caps")
     bottle, three, typo = (resolve({"category": name}) for name in ("bottle", "3", "botle"))
     for config, place, words in (
-        (bottle, "none", f"no folder {tmp_path}/none/bottle/train/good.*make downl"),
+        (bottle, "none", f"no images in {tmp_path}/none/bottle/train/good.*make downl"),
         (three, "none", "--dataset names another"),
         (typo, "none", "needs one of bottle, .*, not botle"),
         (resolve({"dataset": "mnist", "category": "3"}), "none", "--download .*fetches it"),

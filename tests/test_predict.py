@@ -93,8 +93,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
     code, _, err = some(3)
     assert code == 130 and "the same command goes on" in err and not out.exists()
-    versions = csv.reader(part.read_text().splitlines()[1:])  # a column more than the table
-    assert [row[:5] for row in versions] == list(csv.reader(whole.decode().splitlines()[1:7]))
+    assert part.read_text().splitlines()[1:] == whole.decode().splitlines()[1:7]
     part.write_bytes(part.read_bytes()[:-3])  # killed while it wrote: the last batch is lost
     code, _, err = some(9)
     assert (code, sum(scored)) == (0, 5) and "going on after 4 of 9 images" in err
@@ -103,9 +102,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "another process is writing" in refusal(some(9))
     some(3)  # a finished run starts anew
-    (heat / "a_bar" / "002.png").unlink()
-    assert some(9)[0] == 0 and sum(scored) == 7
-    some(3)
     heat = shutil.copytree(heat, tmp_path / "other")  # pictures that may be of another score
     assert "going on after 0 of 9 images" in some(3)[2]
     calibrated.touch()  # as if the model were another one
@@ -161,7 +157,7 @@ def test_calibrate_learns_the_threshold_again(script, calibrated, parts, tmp_pat
     some = [good, *sorted(good.glob("*.png"))[:8]]  # copies do not count
     code, out, err = script(*words, "--images", *some, "--output", output)
     assert code == 0 and "(from 20 held-out" in out and "8 copies of others are left out" in err
-    ours, theirs = (one.calibration.scores["calibrated"] for one in (model, load(output, "cpu")))
+    ours, theirs = (one.normal_scores["calibrated"] for one in (model, load(output, "cpu")))
     assert torch.equal(ours, theirs)  # in whatever order the images came
     line = refusal(script(*words, "--images", *some[1:], *some[1:], "--output", output))
     assert "8 images; at least 10 are needed" in line
@@ -191,16 +187,11 @@ def test_paths_come_from_patterns_and_pipes_in_their_order(predict, parts, tmp_p
     assert "No such file" in rows[1]["verdict"] and "directory" in rows[2]["verdict"]
     code, rows, _ = piped("\ufeffa\x0cb.png\r\nc\u2028d.png\r".encode())
     assert [row["path"] for row in rows] == ["a\x0cb.png", "c\u2028d.png"]
-    assert "no paths came" in refusal(piped(b"\n"))
+    assert "'-': there is no image" in refusal(piped(b"\n"))
     assert "-print0" in refusal(piped(b"a.png\0b.png\0"))
     (tmp_path / "empty").mkdir()
-    for path, message in (
-        (test / "*.tif", "no image matches"),
-        (tmp_path / "none", "no such image"),
-        ("", "'': no such image"),
-        (tmp_path / "empty", "no images"),
-    ):
-        assert message in refusal(predict(path))
+    for path in (test / "*.tif", tmp_path / "none", "", tmp_path / "empty"):
+        assert f"'{path}': there is no image" in refusal(predict(path))
 
 
 def test_heat_maps_keep_relative_paths_and_one_scale(predict, parts, tmp_path):
@@ -224,12 +215,12 @@ def test_no_heat_map_falls_on_an_image_or_on_another_heat_map(predict, parts, tm
     (mine / "good").mkdir(parents=True)
     shutil.copy(test / "good/000.png", mine / "good")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
-    inside = "holds images to score"
     # In the folder of the images, that of another input, one with a file that is nobody's input
     for folder in (test, test / "heat"):
         assert "in a folder of images" in refusal(predict(test, "--heatmaps", folder))
-    assert inside in refusal(predict(copies / "good", test, "--heatmaps", copies))
-    assert "none of ours" in refusal(predict(test, "--heatmaps", mine))
+    for folder in (copies, mine):
+        line = refusal(predict(copies / "good", test, "--heatmaps", folder))
+        assert "holds other files" in line
     line = refusal(predict(test / "good", test / "a_bar", "--heatmaps", tmp_path / "heat"))
     assert "score them apart" in line
     assert {path: path.read_bytes() for path in before} == before

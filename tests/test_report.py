@@ -92,7 +92,7 @@ def test_from_what_git_keeps_it_says_what_is_missing(script, experiment, tmp_pat
     assert "svg" in page.tags and "table" in page.tags
     assert not [s for s in page.sources if s.startswith("data:image/jpeg")]
     page = written(script, root, "--data-root", tmp_path / "nowhere")
-    assert "no folder" in page.text and SENTENCE not in page.text
+    assert "no images in" in page.text and SENTENCE not in page.text
 
 
 def test_a_damaged_folder_is_named_and_injects_nothing(script, experiment, tmp_path):

@@ -194,7 +194,7 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
     pixels = images(5, seed=8)
     heat = detector.heat_maps(pixels)
     assert heat.shape == (5, 32, 32) and heat.dtype == torch.float32
-    known = detector.calibration.statistics.parts
+    known = detector.statistics.parts
     o = detector.outputs(pixels)
     literal = [(m(o) - known[n][0]) / known[n][1] for n, m in scoring.MAPS.items()]
     assert torch.allclose(heat, torch.stack(literal).mean(0), atol=1e-4)
@@ -213,17 +213,18 @@ def test_test_time_augmentation_averages_over_images_moved_by_a_pixel(detector):
             m = scoring.measure(detectors.outputs_of(networks, view))
             back = slice(2 - top, 34 - top), slice(2 - left, 34 - left)
             maps = [padded(one[:, None])[:, 0, back[0], back[1]] for one in m.maps.values()]
-            values = [*maps, *(v[:, None, None] for v in m.plain.values()), m.gaps[:, None]]
+            values = [*maps, *(v[:, None, None] for v in m.scores.values()), m.gaps[:, None]]
             flat = torch.cat([v.flatten(1).double() for v in values], 1)
             total = total + flat * (1 / 2 if top == left else 1 / 8)
-    ours = Detector(networks, SMALL.replace(tta=True), CPU, calibration=detector.calibration)
+    ours = copy.copy(detector)
+    ours.config = SMALL.replace(tta=True)
     ours.set_quantile()
     assert ours.batch == detector.batch // 4
     m, heat = ours.map_batches(pixels, lambda _, m: m), ours.heat_maps(pixels)
-    values = [*m.maps.values(), *m.plain.values(), m.gaps]
+    values = [*m.maps.values(), *m.scores.values(), m.gaps]
     flat = torch.cat([v.reshape(3, -1).double() for v in values], 1)
     assert torch.allclose(flat, total, rtol=1e-4, atol=1e-5)
-    assert torch.equal(heat, scoring.heat_map(m, detector.calibration.statistics))
+    assert torch.equal(heat, scoring.heat_map(m, detector.statistics))
     assert torch.allclose(ours.explain(pixels)[2], heat, atol=1e-5)
 
 
@@ -252,11 +253,11 @@ def test_whitened_is_the_mean_square_of_the_gaps_on_the_axes_of_normal_ones():
     assert torch.allclose(whitened(fresh, mean, precision), expected, rtol=1e-5)
 
 
-def raw_scores(normal: torch.Tensor) -> scoring.Raw:
-    """Raw scores of z - z_hat (N, dim); its first columns stand for STANDARDISED scores."""
+def raw_scores(normal: torch.Tensor) -> scoring.Measured:
+    """Raw scores of z - z_hat (N, dim); its first columns stand for MAP_SCORES."""
     columns = normal[:, :3].T.float()
     scores = dict(zip(scoring.MAPS, columns)) | {"residual_wide": columns.square().sum(0)}
-    return scoring.Raw(scores, normal)
+    return scoring.Measured({}, scores, normal)
 
 
 @pytest.mark.parametrize("score", ("latent_whitened", "calibrated", "small_or_large"))
@@ -268,10 +269,10 @@ def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score
     for draw in range(draws):
         everything = gaps(n + fresh, dim, seed=draw)
         normal, test = raw_scores(everything[:n]), raw_scores(everything[n:])
-        calibration = calibrate(normal, seed=draw)
-        threshold = threshold_at(calibration.scores[score], quantile)
+        statistics, normal_scores = calibrate(normal, seed=draw)
+        threshold = threshold_at(normal_scores[score], quantile)
         named = share_above(n, quantile)
-        scores = scoring.all_scores(test, calibration.statistics)[score]
+        scores = scoring.all_scores(test, statistics)[score]
         alarms += int((scores > threshold).sum())
     trials = draws * fresh
     # Images of one draw share a threshold, so the rate spreads by the n calibration ranks too.

@@ -60,7 +60,7 @@ def test_what_a_restart_would_not_change_is_no_failure_to_a_launcher(script, par
 def test_the_digits_are_the_default_and_need_nothing(script, tmp_path):
     flags = ["--steps=2", "--width=4", "--download"]
     assert printed(script("train", *flags)).startswith("0 seed 42: AUROC 0.")
-    code, _, err = script("train", *flags, "--data-root", tmp_path)
+    code, _, err = script("train", *flags, "--data-root", tmp_path, "--force")
     assert code == 0 and "the digits need no --data-root" in err
 
 
