@@ -24,7 +24,8 @@ from .outputs import read_csv
 
 
 def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dict:
-    return {
+    """As read_runs() has it."""
+    metrics = {
         "category": category, "dataset": dataset, "seed": seed, "score": "latent",
         **dict.fromkeys(FIGURES, auroc),
         "threshold": 1.0, "scores": {"latent": auroc, "feature": 0.25},
@@ -33,28 +34,21 @@ def run_metrics(category, seed=42, auroc=0.5, dataset="mvtec", **changes) -> dic
         "provenance": {"python": "3", "threads": 1, "command": "python scripts/train.py"},
         **changes,
     }  # fmt: skip
+    scores = {f"auroc_{name}": value for name, value in metrics["scores"].items()}
+    return {**metrics, **scores, **metrics["provenance"], "config": Config(dataset=dataset)}
 
 
 def write_run(folder, metrics: dict) -> None:
-    write_atomic(folder / "metrics.json", json.dumps(metrics))
     write_atomic(folder / "config.json", Config(seed=metrics["seed"]).to_json())
-
-
-def with_configs(runs) -> list[dict]:
-    """As read_runs() has them."""
-    scores = [{f"auroc_{name}": value for name, value in run["scores"].items()} for run in runs]
-    return [
-        {**run, **more, **run["provenance"], "config": Config(dataset=run["dataset"])}
-        for run, more in zip(runs, scores)
-    ]
+    write_atomic(folder / "metrics.json", json.dumps({**metrics, "config": None}))
 
 
 def rows_of(runs) -> list[dict]:
-    return list(csv.DictReader(io.StringIO(results_csv(with_configs(runs)))))
+    return list(csv.DictReader(io.StringIO(results_csv(runs))))
 
 
 def text_of(runs, **more) -> str:
-    return markdown(results_page("x", with_configs(runs), **more))
+    return markdown(results_page("x", runs, **more))
 
 
 def test_means_of_the_fifteen_with_and_without_screw():
@@ -92,7 +86,7 @@ def test_a_recipes_committed_table_is_found_by_its_name(tmp_path):
     run = run_metrics(row["category"], int(row["seed"]))
 
     def page(folder, recipe=None) -> str:
-        return markdown(experiment.page_of(folder, with_configs([run]), recipe))
+        return markdown(experiment.page_of(folder, [{**run}], recipe))
 
     for name, recipe in (("local/paper", None), ("mine", "paper")):
         folder = tmp_path / name

@@ -333,10 +333,8 @@ def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
     on_gpu = load_detector(tmp_path / "model.pt", use_device("cuda"))
     expected, scores = detector.scores(images(30)), on_gpu.scores(images(30))
     for name, values in expected.items():
-        signed = (
-            1e-4 if name in ("comparator", "calibrated", "small_or_large") else 0
-        )  # they cross 0
-        assert torch.allclose(values, scores[name], rtol=1e-4, atol=signed), name
+        crosses_0 = name in ("comparator", "calibrated", "small_or_large")
+        assert torch.allclose(values, scores[name], rtol=1e-4, atol=1e-4 * crosses_0), name
 
 
 def test_p_values_are_ranks_and_agree_with_the_threshold():
