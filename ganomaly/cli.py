@@ -86,7 +86,7 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
-    """The model; with `images` also what it scores, see paths.find_images(), and where."""
+    """--model, --quantile and --score; with `images` also --images and --device."""
     add = parser.add_argument
     add("--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt")
     quantile = f"{FIELDS['quantile'].metadata['help']} [as trained]"
@@ -116,8 +116,8 @@ def experiment_folder(args: argparse.Namespace) -> Path:
 def given_values(args: argparse.Namespace) -> dict:
     """The Config values of --config, else of --recipe, overridden by flags.
 
-    Where --dataset is not the file's, the data set's own defaults override the file's values. From
-    then on args.recipe is the recipe's name.
+    With another --dataset than the file's, the defaults of that data set override the file. It also
+    sets args.recipe to the recipe's name.
     """
     values, recipe = {}, vars(args).get("recipe")
     if args.config is None and recipe is not None:

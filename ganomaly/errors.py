@@ -42,7 +42,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def quiet(failure: threading.ExceptHookArgs) -> None:
-    """Print no OSError of TensorBoard's thread, such as a full disk: the main thread reports it."""
+    """Hide an OSError of TensorBoard's thread, as of a full disk: the main thread reports it."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -60,12 +60,12 @@ class Forgiving(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make the standard streams usable, whatever the parent process has left of them.
+    """Make stdin, stdout and stderr usable, also where the parent process has closed them.
 
-    A closed stream becomes /dev/null, so that no other file takes its number. Every file name can
-    be printed.
+    A closed stream becomes /dev/null. Else the next file that is opened would take its descriptor,
+    and what is printed would go into that file. Every file name can be printed.
     """
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # it takes the lowest free number
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free descriptor
         pass
     os.close(number)
     sys.stdin = sys.stdin or open(0, closefd=False)

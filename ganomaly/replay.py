@@ -45,7 +45,7 @@ class Replayed:
             self.step(*inputs)
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
-        """One normal step, on the recording's stream as the rules ask for before a recording."""
+        """One step without the recording, but on its stream: PyTorch asks for that beforehand."""
         if self.stream is None:
             return self.step(*inputs)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

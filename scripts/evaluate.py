@@ -27,6 +27,7 @@ def main(argv=None) -> None:
     parser.add_config_flags()
     args = parser.parse_args(argv)
     given = cli.given_values(args)
+    score = given.pop("score", None)
     asked = resolve(given)
     folder = cli.experiment_folder(args)
 
@@ -39,11 +40,11 @@ def main(argv=None) -> None:
     with locked(run.folder):  # another process may be training it anew
         run.config = config = load_config(run.folder / "config.json")
         for name, value in given.items():
-            if name != "score" and value not in (None, "auto", getattr(config, name)):
+            if value not in (None, "auto", getattr(config, name)):
                 raise UserError(f"{name}: {run.folder} has {getattr(config, name)}, not {value}")
         before = read_metrics(run.folder)
         setting = Setting(args.data_root, use_device(args.device), download=args.download)
-        metrics = evaluate_again(run, setting, given.get("score"))
+        metrics = evaluate_again(run, setting, score)
     print(summary(metrics, config.quantile))
     if metrics["score"] != config.score:
         print(f"  written   nothing, as the score of this run is {config.score}")

@@ -173,6 +173,7 @@ def test_evaluate_gives_the_same_numbers_of_the_same_images(script, parts, finis
     assert (tmp_path / "local/results.csv").read_bytes() == table
     assert "width" in refusal(script("evaluate", *words, "--width=9"))
     assert "no finished run" in refusal(script("evaluate", *words, "--seed=3"))
+    assert "is none of latent" in refusal(script("evaluate", *words, "--score=comparator"))
     out = printed(script("evaluate", *words, "--score=contextual"))
     assert f"AUROC {read_json(finished / 'metrics.json')['scores']['contextual']:.3f} (con" in out
     assert "nothing, as the score of this run is latent" in out and contents(finished) == before

@@ -38,7 +38,7 @@ class Run:
         return (self.folder / "metrics.json").is_file() and (self.folder / "model.pt").is_file()
 
     def begin(self, anew: bool) -> None:
-        """Make the folder ready: nothing looks finished, and with `anew` nothing can go on."""
+        """Delete what makes a run look finished; with `anew` also what a run is resumed from."""
         old = ["last.pt", "curve.csv", "events.out.tfevents.*"] if anew else []
         for pattern in (".*.tmp", "model.pt", "metrics.json", *old):
             for path in self.folder.glob(pattern):
