@@ -94,12 +94,12 @@ def category_folder(config: Config, data_root: Path | None) -> Path | None:
     if train_files(folder):
         return folder
     hint = HINTS[config.dataset]
-    if train_files(root):
-        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
-    elif (there := categories_in(root)) and config.dataset == "mvtec" and not {*there} & {*MVTEC}:
+    if (there := categories_in(root)) and config.dataset == "mvtec" and not {*there} & {*MVTEC}:
         hint = f"{root} has {', '.join(there)}; for them add --dataset folder (DATASET=folder)"
     elif there:
         hint = f"categories there: {', '.join(there)}; choose one with --category (CATEGORY=)"
+    elif train_files(root):
+        hint = f"{root} is a category itself: name its parent, --data-root {root.parent}"
     raise Missing(f"no images in {folder / 'train' / 'good'}; {hint}")
 
 

@@ -140,7 +140,7 @@ class Detector:
         """
         c = self.config
         if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":  # no array of paths
-            images = torch.from_numpy(images)
+            images = torch.from_numpy(np.ascontiguousarray(images))
         if not isinstance(images, Tensor):
             paths = [images] if isinstance(images, str | Path) else list(images)
             if not all(isinstance(path, str | Path) for path in paths):

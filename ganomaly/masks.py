@@ -17,7 +17,7 @@ from ganomaly.paths import image_files
 
 MASK_FOLDERS = ("ground_truth", "masks")
 MASK_ENDING = re.compile(r"[-_ ]?(mask|gt|label|annotation)s?$")
-FEW_LEVELS = 16  # a mask with more levels has soft edges, as of a JPEG
+FEW_LEVELS = 16  # a mask with more levels has soft edges
 Tests = list[tuple[Path, str]]  # test images, each with its defect's name
 
 
@@ -84,7 +84,8 @@ def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray |
     for path in paths:
         try:
             with opened(path) as image:
-                pixels = mask_pixels(ImageOps.exif_transpose(image))
+                noisy = image.format in ("JPEG", "WEBP", "JPEG2000")
+                pixels = mask_pixels(ImageOps.exif_transpose(image), noisy)
         except Exception as error:  # damaged files raise errors of any kind
             return f"{path.name}: {error}"
         height, width = pixels.shape
@@ -97,10 +98,11 @@ def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray |
     return whole
 
 
-def mask_pixels(image: Image.Image) -> np.ndarray:
+def mask_pixels(image: Image.Image, noisy: bool) -> np.ndarray:
     """bool (h, w): nonzero in a mask of few or low levels, else the upper half of the levels.
 
-    So 1 and 255 both mean defective, and the noise of a JPEG does not. Of a mask that varies in
+    So 1 and 255 both mean defective. The format of a noisy mask is one that may change levels a
+    little. There the upper half is defective, so that the noise is not. Of a mask that varies in
     its alpha channel only, this channel is taken.
     """
     levels = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
@@ -108,4 +110,4 @@ def mask_pixels(image: Image.Image) -> np.ndarray:
         levels, alpha = levels[..., :3].max(2), levels[..., 3]
         levels = levels if np.ptp(levels) or not np.ptp(alpha) else alpha
     few = len(np.unique(levels)) <= FEW_LEVELS or levels.max() < 128  # numbers of defects
-    return levels > 0 if few else levels > levels.max() / 2
+    return levels > 0 if few and not noisy else levels > levels.max() / 2

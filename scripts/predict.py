@@ -28,12 +28,13 @@ from ganomaly import cli
 from ganomaly.detector import Detector, load_detector
 from ganomaly.device import use_device, use_threads
 from ganomaly.errors import UserError, guard
-from ganomaly.files import check_output, lock, path_in_error, write_atomic, write_output
+from ganomaly.files import as_bytes, check_output, lock, path_in_error, write_atomic, write_output
 from ganomaly.images import Facts, decode, note_odd, read_image
 from ganomaly.paths import Item, find_images
 from ganomaly.runs.pictures import SIDE, WORST, encoded, explained
 from ganomaly.runs.results import csv_text, promise
 
+MARK = ".heatmaps"  # a file in a folder of heat maps
 HEADER = ["path", "score", "threshold", "verdict", "p_value"]
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # any file name fits
 
@@ -61,6 +62,7 @@ def main(argv=None) -> int:
             raise UserError(f"--report {args.report}: is the --output too; name another file")
     if args.heatmaps:
         check_heatmaps(args.heatmaps, args.images, items)
+        key += key_of([], [args.heatmaps / MARK])  # a new folder lacks the pictures of earlier rows
 
     seen: list[tuple[str, Facts]] = []
     rows = write_rows(args, items, key, detector, seen)
@@ -100,8 +102,10 @@ def write_rows(args, items: list[Item], key: str, detector: Detector, seen: list
                 rows = rows_before(file, key, detector.batch)
                 text = f"going on after {len(rows)} of {len(items)} images"
                 print(f"{part}: {text}; notes are on the others", file=sys.stderr)
-            file.truncate(0)
-        writer.writerows([[*HEADER, key] if part else HEADER, *rows])
+            # The kept rows stay in the file, so that another kill does not lose them
+            file.truncate(len(as_bytes(csv_text([*HEADER, key], rows))) if rows else 0)
+        if not rows:
+            writer.writerow([*HEADER, key] if part else HEADER)
         try:
             for batch in judged(detector, items[len(rows) :], args.heatmaps, seen):
                 rows += batch
@@ -140,20 +144,23 @@ def rows_before(file: IO, key: str, batch: int) -> list:
 
 def check_heatmaps(folder: Path, places: list[str], items: list[Item]) -> None:
     """No heat map may take the place of another file, nor be scored as an image."""
+    real = Path(os.path.realpath(folder))
     for place in map(os.path.realpath, filter(os.path.isdir, places)):
-        if Path(os.path.realpath(folder)).is_relative_to(place):
+        if real.is_relative_to(place):
             raise UserError(f"--heatmaps {folder}: is in a folder of images; name another folder")
     paths: dict[Path, str] = {}
     for path, name in items:
         target = heatmap_of(folder, name)
+        if Path(os.path.realpath(path)).is_relative_to(real):
+            raise UserError(f"--heatmaps {folder}: holds images to score; name another folder")
         if paths.setdefault(target, path) != path:
             both = f"{paths[target]} and {path} would both be {target}"
             raise UserError(f"--heatmaps: {both}; score them apart")
     folder.mkdir(parents=True, exist_ok=True)
-    ours = folder / ".heatmaps"  # an older command made it
-    if any(folder.iterdir()) and not ours.exists():
-        raise UserError(f"--heatmaps {folder}: holds other files; name a new folder")
-    ours.touch()
+    if not (folder / MARK).exists():
+        if any(folder.iterdir()):
+            raise UserError(f"--heatmaps {folder}: holds other files; name a new folder")
+        (folder / MARK).touch()
 
 
 def heatmap_of(folder: Path, name: str) -> Path:

@@ -112,6 +112,8 @@ def test_sets_that_cannot_work_are_refused(tmp_path):
 
 def test_missing_data_names_the_folder_and_what_is_there_or_the_mend(tmp_path):
     draw_category(tmp_path / "set" / "bottle")
+    shutil.copytree(tmp_path / "set", tmp_path / "stray")
+    draw(tmp_path / "stray" / "a.png", np.random.default_rng(0))
     # A folder of folders of photographs has no train/good at all
     shutil.copytree(tmp_path / "set/bottle/train/good", tmp_path / "photographs" / "caps")
     bottle, three, typo = (resolve({"category": name}) for name in ("bottle", "3", "botle"))
@@ -122,6 +124,7 @@ def test_missing_data_names_the_folder_and_what_is_there_or_the_mend(tmp_path):
         (resolve({"dataset": "mnist", "category": "3"}), "none", "--download .*fetches it"),
         (folder(None), "set", "there: bottle; choose one with --category .CATEGORY=."),
         (folder("screw"), "set", "categories there: bottle; choose one"),
+        (folder("screw"), "stray", "categories there: bottle; choose one"),
         (folder("bottle"), "set/bottle", "category itself: .* --data-root .*/set$"),
         (folder(None), "photographs", "categories there: caps; choose one"),
     ):

@@ -167,9 +167,12 @@ def test_edited_metrics_are_refused_by_name_and_cost_the_other_runs_nothing(tmp_
 def test_a_copy_of_a_run_is_no_second_run(tmp_path, capsys):
     for name in ("bottle/seed42", "bottle/seed42.old", "bottle-old/seed42"):
         write_run(tmp_path / name, run_metrics("bottle"))
+    write_run(tmp_path / "cable/seed42", run_metrics("cable"))
+    (tmp_path / "cable/seed42/config.json").unlink()
     experiment.write_results(tmp_path)
     err = capsys.readouterr().err
     assert err.count("a copy, of bottle seed 42") == 2 and "seed42.old" in err
+    assert "cable/seed42: its config.json is gone" in err
     assert (tmp_path / "results.csv").read_text().count("bottle,42") == 1
 
 

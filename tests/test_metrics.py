@@ -21,7 +21,7 @@ def test_figures_are_their_definitions(seed):
     assert ours["f1"] == pytest.approx(2 * hits / (2 * hits + alarms + misses))
     assert ours["accuracy"] == pytest.approx(1 - (alarms + misses) / len(labels))
     assert (c := ours["confusion"])["true_positive"] == hits and c["false_positive"] == alarms
-    assert ours["f1_trivial"] == pytest.approx(sk.f1_score(labels, np.ones_like(labels)))
+    assert ours["f1_trivial"] == pytest.approx(2 * labels.sum() / (labels.sum() + len(labels)))
     # AUROC is the chance that a defective image outscores a good one
     bad, good = scores[labels == 1][:, None], scores[labels == 0][None]
     assert ours["auroc"] == pytest.approx(((bad > good) + 0.5 * (bad == good)).mean())

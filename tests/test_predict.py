@@ -79,9 +79,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     printed(script(*words, tmp_path / "whole.csv"))
     out, part, heat = tmp_path / "a.csv", tmp_path / "a.csv.part", tmp_path / "heat"
     whole, explain, scored = (tmp_path / "whole.csv").read_bytes(), Detector.explain, []
+    sizes: list[int] = []
 
     def some(n):
         def stop(detector, images):
+            sizes.append(part.stat().st_size)
             scored.append(len(images))
             if len(scored) > n:
                 raise KeyboardInterrupt
@@ -97,12 +99,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     part.write_bytes(part.read_bytes()[:-3])  # killed while it wrote: the last batch is lost
     code, _, err = some(9)
     assert (code, sum(scored)) == (0, 5) and "going on after 4 of 9 images" in err
+    assert sizes[4] == sizes[2] > sizes[0]  # a kill there would not lose the rows
     assert out.read_bytes() == whole and not part.exists() and len(list(heat.rglob("*.png"))) == 9
     with open(part, "a") as other:  # another process writes there
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "another process is writing" in refusal(some(9))
     some(3)  # a finished run starts anew
-    heat = shutil.copytree(heat, tmp_path / "other")  # pictures that may be of another score
+    shutil.rmtree(heat)  # and with it the pictures of the earlier rows
     assert "going on after 0 of 9 images" in some(3)[2]
     calibrated.touch()  # as if the model were another one
     assert "going on after 0 of 9 images" in some(3)[2]
@@ -209,20 +212,17 @@ def test_heat_maps_keep_relative_paths_and_one_scale(predict, parts, tmp_path):
 
 
 def test_no_heat_map_falls_on_an_image_or_on_another_heat_map(predict, parts, tmp_path):
-    for name in ("test", "copies"):
-        shutil.copytree(parts / "parts/test", tmp_path / name)
-    test, copies, mine = (tmp_path / name for name in ("test", "copies", "mine"))
-    (mine / "good").mkdir(parents=True)
-    shutil.copy(test / "good/000.png", mine / "good")
+    test, mine = shutil.copytree(parts / "parts/test", tmp_path / "test"), tmp_path / "mine"
+    shutil.copytree(test / "good", mine / "good")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
-    # In the folder of the images, that of another input, one with a file that is nobody's input
-    for folder in (test, test / "heat"):
-        assert "in a folder of images" in refusal(predict(test, "--heatmaps", folder))
-    for folder in (copies, mine):
-        line = refusal(predict(copies / "good", test, "--heatmaps", folder))
-        assert "holds other files" in line
-    line = refusal(predict(test / "good", test / "a_bar", "--heatmaps", tmp_path / "heat"))
-    assert "score them apart" in line
+    for images, folder, message in (
+        ([test], test, "in a folder of images"),
+        ([test], test / "heat", "in a folder of images"),
+        ([test / "*/*.png"], test, "holds images to score"),
+        ([test], mine, "holds other files"),
+        ([test / "good", test / "a_bar"], tmp_path / "heat", "score them apart"),
+    ):
+        assert message in refusal(predict(*images, "--heatmaps", folder))
     assert {path: path.read_bytes() for path in before} == before
 
 

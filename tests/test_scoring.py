@@ -361,6 +361,7 @@ def test_a_detector_is_called_with_tensors_or_files(detector, tmp_path):
     names = np.array([*map(str, paths)], dtype=object)  # as a column of a table has them
     assert all(map(torch.equal, detector(names), (scores, p, defective)))
     assert detector(str(paths[0])).scores.shape == (1,)  # not letter by letter
+    assert torch.equal(detector(pixels.numpy()[:, ::-1])[0], detector(pixels.flip(1))[0])
     floats = pixels.double().numpy()
     for wrong in (floats, pixels[:, :1], pixels[..., :16], pixels[0], [floats], b"a.png"):
         with pytest.raises(ValueError, match=r"uint8 (of \(N, 3, 32, 32\) is needed|tensor)"):

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from ganomaly.errors import UserError
-
 from .conftest import CPU, load_script
 from .outputs import printed, read_json, refusal
 
@@ -71,14 +69,9 @@ def test_the_roof_is_measured_and_written(script, tmp_path):
         assert message in refusal(script("speed", *words, flag))
 
 
-def test_a_peer_is_read_by_its_last_line_and_its_failure_is_named():
-    def peer(code):
-        return speed.images_per_second([sys.executable, "-c", code])
-
-    assert peer("print('note\\n{\"images_per_second\": 7}')") == 7
-    for code, message in (("1 / 0", "failed: ZeroDivisionError"), ("print(7)", "no JSON with")):
-        with pytest.raises(UserError, match=message):
-            peer(code)
+def test_a_peer_is_read_by_its_last_line():
+    code = "print('note\\n{\"images_per_second\": 7}')"
+    assert speed.images_per_second([sys.executable, "-c", code]) == 7
 
 
 def test_cells_have_three_digits_and_a_range():

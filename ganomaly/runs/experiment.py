@@ -34,6 +34,8 @@ def read_runs(experiment: Path) -> list[dict]:
     for folder in sorted(experiment.glob("*/seed*")):
         try:
             run = {**read_metrics(folder), "folder": folder}
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{folder}: its config.json is gone")
             run["config"] = load_config(folder / "config.json")
             own = Run(experiment, run["category"], run["config"])
             if folder != own.folder:
