@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     cli.add_model_flags(parser)
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE", help="[standard output]")
-    add("--heatmaps", type=Path, metavar="DIR", help="image, reconstruction and heat map of each")
+    add("--heatmaps", type=Path, metavar="DIR", help="new folder: image, reconstruction, heat map")
     add("--report", type=Path, metavar="FILE", help="an HTML page, the most anomalous first")
     args = parser.parse_args(argv)
 
