@@ -53,7 +53,7 @@ class Corruption:
         n, size = len(images), images.shape[-1]
         images = torch.where(self.uniform(n) < 0.5, images, images.transpose(2, 3))
         pixel = torch.arange(size, device=images.device)
-        reach = int(reach * size)
+        reach = max(1, int(reach * size))
         rows, columns = (
             torch.where(self.uniform(n)[:, 0, 0] < 0.5, pixel, pixel.flip(0))
             .add(torch.randint(-reach, reach + 1, (n, 1), **self.draw))
@@ -134,7 +134,7 @@ def draw_mask(size: int, rng: torch.Generator) -> Tensor:
         else:  # a curved line
             length = size * 2 ** uniform(-3, 0)
             bends = torch.randn(1, 1, int(uniform(2, 8)), generator=rng) * uniform(0, 1.5)
-            points = int(length)
+            points = max(4, int(length))
             angle = 2 * turn + F.interpolate(bends, points, mode="linear", align_corners=True)[0, 0]
             py = cy + angle.sin().cumsum(0) * length / points
             px = cx + angle.cos().cumsum(0) * length / points

@@ -132,23 +132,23 @@ def missing(
 
     UserError where there are any; with `skip` only where there are no others.
     """
-    missing = {}
+    reasons = {}
     for name in names:
         one = config.replace(category=name)
         try:
             if category_folder(one, data_root) is None:
                 arrays(config.dataset, data_root, download)
         except Missing as error:
-            missing[name] = str(error)
-    others = {*names} - missing.keys()
-    if missing and not (skip and others):
+            reasons[name] = str(error)
+    others = {*names} - reasons.keys()
+    if reasons and not (skip and others):
         hint = "; --categories, or --skip-missing in a benchmark, leaves them out" if others else ""
         raise UserError(
-            f"data of {len(missing)} of {len(names)} categories is missing "
-            f"({', '.join(name or 'any' for name in missing)}), nothing was trained{hint}. "
-            f"The first: {next(iter(missing.values()))}"
+            f"data of {len(reasons)} of {len(names)} categories is missing "
+            f"({', '.join(name or 'any' for name in reasons)}), nothing was trained{hint}. "
+            f"The first: {next(iter(reasons.values()))}"
         )
-    return missing
+    return reasons
 
 
 def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:

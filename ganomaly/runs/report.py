@@ -163,8 +163,8 @@ def explained_images(
 
 def read_scores(folder: Path, score: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Labels (N,), scores (N,) and paths of a run's scores.csv."""
-    path, text = folder / "scores.csv", {"encoding": "utf-8", "errors": "surrogateescape"}
-    with open(path, newline="", **text) as file:
+    path = folder / "scores.csv"
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     labels, scores = (np.array([float(row[key]) for row in rows]) for key in ("label", score))
     return labels, scores, [row["path"] for row in rows]
