@@ -160,7 +160,7 @@ def start_line(config: Config, category: data.Category, setting: Setting) -> str
     return (
         f"{recipe}{len(category.train)} images of {size}, "
         f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {config.steps} steps of "
-        f"{config.batch_size} in {config.amp} on {setting.device}"
+        f"{config.batch_size} in {config.amp} on {setting.device}, --threads {config.threads}"
     )
 
 
