@@ -5,6 +5,7 @@ A new field of Statistics needs a default, so that older models can be read.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -84,14 +85,19 @@ def comparator_map(o: Outputs) -> Tensor:
     return blurred(o.logits)
 
 
+def contrast(o: Outputs) -> Tensor:
+    """Standard deviation of grey x around each pixel, under GAUSSIAN."""
+    grey = o.x.mean(1)
+    return (blurred(grey.square()) - blurred(grey).square()).clamp_min(0).sqrt()
+
+
 def highest(m: Tensor, share: float) -> Tensor:
     """Mean of a share of a map's pixels, those with the highest values: (B, S, S) -> (B,)."""
     pixels = m.flatten(1)
     return pixels.topk(max(1, int(share * pixels.shape[1]))).values.mean(1)
 
 
-MAPS = {"residual": residual_map, "gradient": gradient_map, "comparator": comparator_map}
-PARTS = ("residual", "gradient", "comparator")  # of the score `calibrated` and of heat maps
+PARTS = ("residual", "gradient", "comparator")  # maps of the score `calibrated` and of heat maps
 
 # Scores of one image alone: Outputs -> (B,). For eq. 5 the released code computes `latent`; the
 # paper prints `latent_l1`.
@@ -101,27 +107,35 @@ PLAIN_SCORES = {
     "contextual": lambda o: (o.x - o.x_hat).abs().mean((1, 2, 3)),
     "feature": lambda o: (o.f - o.f_hat).square().mean((1, 2, 3)),
 }
-# Scores that sum up a map of MAPS: (B, S, S) -> (B,)
+# Scores that sum up a map of measure(): (B, S, S) -> (B,)
 MAP_SCORES = {
     "residual": ("residual", lambda m: highest(m, 0.01)),
     "gradient": ("gradient", lambda m: highest(m, 0.01)),
     "comparator": ("comparator", lambda m: m.amax((1, 2))),
     "residual_wide": ("residual", lambda m: highest(m, 0.1)),  # of large defects
+    "spot": ("spot", lambda m: m.amax((1, 2))),  # of small ones
+    "area": ("relative", lambda m: highest(m, 0.1)),  # of large ones
 }
 
 
 class Measured(NamedTuple):
     """What images measure, before any calibration; that of copies of an image can be averaged."""
 
-    maps: dict[str, Tensor]  # of MAPS: (N, S, S); none any more in raw_scores
+    maps: dict[str, Tensor]  # (N, S, S); none any more in raw_scores
     scores: dict[str, Tensor]  # PLAIN_SCORES, in raw_scores also MAP_SCORES: (N,) float32
     gaps: Tensor  # (N, latent_dim) float64, z - z_hat
 
 
 def measure(o: Outputs) -> Measured:
     """What one batch measures; without a comparator, not its map."""
-    absent = "comparator" if o.logits is None else None
-    maps = {name: map_of(o) for name, map_of in MAPS.items() if name != absent}
+    maps = {"residual": residual_map(o), "gradient": gradient_map(o)}
+    # What two witnesses see at the same place. Their deviations differ by about this factor
+    maps["spot"] = 10 * maps["gradient"]
+    if o.logits is not None:
+        maps["comparator"] = comparator_map(o)
+        maps["spot"] = maps["spot"] + maps["comparator"]
+    # Errors are larger where an image has more contrast; 0.4 is a fifth of the range of x
+    maps["relative"] = maps["residual"] / (0.4 + contrast(o))
     plain = {name: score(o) for name, score in PLAIN_SCORES.items()}
     return Measured(maps, plain, (o.z - o.z_hat).double())
 
@@ -159,16 +173,16 @@ def mean_z(values: dict[str, Tensor], statistics: Statistics, names) -> Tensor:
     return sum((values[n] - mean) / dev for n, (mean, dev) in parts.items()) / len(parts)
 
 
-def small_or_large(raw: Measured, statistics: Statistics) -> Tensor:
-    """The larger of a score for small defects and one for large ones: (N,) float32."""
-    small = mean_z(raw.scores, statistics, ("gradient", "comparator"))
-    return small.maximum(mean_z(raw.scores, statistics, ("residual_wide",)))
+def larger(raw: Measured, statistics: Statistics, small: list[str], large: list[str]) -> Tensor:
+    """The larger of two mean_z, of scores for small defects and for large ones: (N,) float32."""
+    return mean_z(raw.scores, statistics, small).maximum(mean_z(raw.scores, statistics, large))
 
 
 FITTED_SCORES = {
     "latent_whitened": lambda raw, fitted: whitened(raw.gaps, fitted.mean, fitted.precision),
     "calibrated": lambda raw, fitted: mean_z(raw.scores, fitted, PARTS),
-    "small_or_large": small_or_large,
+    "small_or_large": partial(larger, small=["gradient", "comparator"], large=["residual_wide"]),
+    "spot_or_area": partial(larger, small=["spot"], large=["area"]),
 }
 SCORES = (*PLAIN_SCORES, *MAP_SCORES, *FITTED_SCORES)  # all names, in the order of tables
 

@@ -113,12 +113,9 @@ def test_a_recipe_may_leave_the_precision_to_the_machine(tmp_path):
         pipeline.run_of(digits.replace(amp="fp32", category="7", steps=7), tmp_path, setting)
 
 
-def test_seeds_of_other_test_images_have_no_mean():
+def test_runs_of_several_configs_or_of_other_test_images_have_no_mean_and_a_row_each():
     runs = [run_metrics("bottle", seed, provenance={"test_images": seed}) for seed in (1, 2)]
     assert results.one_recipe([runs[0]] * 2) and not results.one_recipe(runs)
-
-
-def test_runs_of_several_configs_have_no_mean_and_a_row_each():
     mixed = [run_metrics("3", 1, dataset="digits"), run_metrics("3", 2, dataset="mnist")]
     assert len(rows_of(mixed)) == 2
     text = text_of(mixed)

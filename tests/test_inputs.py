@@ -74,9 +74,8 @@ def test_an_opaque_alpha_channel_counts_as_no_level_and_a_colour_as_no_alpha(tmp
     write_png16(tmp_path / "a.png", levels[..., :3])
     levels[..., 3] = 65_535
     write_png16(tmp_path / "b.png", levels, kind=6)
-    (plain, facts), (alpha, same) = (
-        read_image(tmp_path / f, 32, 3, 4095) for f in ("a.png", "b.png")
-    )
+    read = [read_image(tmp_path / f"{name}.png", 32, 3, 4095) for name in "ab"]
+    (plain, facts), (alpha, same) = read
     assert facts == same and np.array_equal(plain, alpha) and facts.brightest <= 4095
     write_png16(tmp_path / "c.png", levels[..., 2:], kind=4)
     assert "too few for this camera; save as PNG" in read_image(tmp_path / "c.png", 32, 3)

@@ -24,6 +24,8 @@ from ganomaly.scoring import calibrate, fit, p_values, share_above, threshold_at
 from .conftest import CPU, ROOT, images
 
 SMALL = Config(image_size=32, width=4, latent_dim=8, corrupted=0.5, comparator_width=3)
+SIGNED = {"comparator": 1e-6, "spot": 1e-6}  # scores that cross 0, and what may be added to them
+SIGNED |= dict.fromkeys(("calibrated", "small_or_large", "spot_or_area"), 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,7 @@ def detector() -> Detector:
 
 
 def close(a: dict, b: dict) -> bool:
-    """Logits and z-scores cross 0, so they are compared to a millionth of their range too."""
-    signed = {"comparator": 1e-6, "calibrated": 1e-5, "small_or_large": 1e-5}
-    return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=signed.get(n, 0)) for n in a)
+    return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=SIGNED.get(n, 0)) for n in a)
 
 
 def test_a_score_does_not_depend_on_batch_size_order_or_batch_mates(detector, monkeypatch):
@@ -150,7 +150,7 @@ def test_the_gradient_map_sees_structure_not_brightness():
     assert four == pytest.approx(sum(scales) / 4, rel=0.05) and four > first_scale
 
 
-def test_blurred_is_a_gaussian_of_one_pixel():
+def test_blurred_is_a_gaussian_of_one_pixel_and_contrast_a_deviation_under_it():
     m = torch.zeros(2, 16, 16)
     m[0, 8, 8] = m[1, 7, 6] = 1
     out = scoring.blurred(m)
@@ -159,19 +159,24 @@ def test_blurred_is_a_gaussian_of_one_pixel():
         expected = out[0, 8, 8] * math.exp(-(shift**2) / 2)
         assert out[0, 8 + shift, 8].item() == pytest.approx(float(expected), rel=1e-5)
     assert out[0, 8, 12] == 0
+    share = float(out[0, 8, 8])  # of the one pixel, under the window around it
+    dot = scoring.contrast(outputs(m[:, None] - 0.2, m))
+    assert dot[0, 8, 8].item() == pytest.approx(math.sqrt(share - share**2), rel=1e-5)
 
 
 def test_scores_of_maps_are_means_of_their_highest_pixels(detector):
     o = detector.outputs(images(3, seed=6))
     scores = scoring.raw_scores(scoring.measure(o)).scores
-    residual, gradient, comparator = (
-        map_of(o).flatten(1).sort(descending=True).values for map_of in scoring.MAPS.values()
-    )
+    residual, gradient = scoring.residual_map(o), scoring.gradient_map(o)
+    comparator, relative = scoring.comparator_map(o), residual / (0.4 + scoring.contrast(o))
     for name, values, n in (
         ("residual", residual, 10), ("gradient", gradient, 10),  # a hundredth of 32 x 32 pixels
         ("residual_wide", residual, 102), ("comparator", comparator, 1),
+        ("area", relative, 102), ("spot", comparator + 10 * gradient, 1),
     ):  # fmt: skip
-        assert torch.allclose(scores[name], values[:, :n].mean(1)), name
+        highest = values.flatten(1).sort(descending=True).values[:, :n]
+        assert torch.allclose(scores[name], highest.mean(1)), name
+    assert torch.equal(scoring.measure(o._replace(logits=None)).maps["spot"], 10 * gradient)
     assert scoring.highest(torch.tensor([[[1.0, 5.0]]]), 0.01).item() == 5  # at least one pixel
 
 
@@ -181,13 +186,16 @@ def test_standardised_scores_against_their_formulas():
     z = {n: (new.scores[n] - s.mean()) / s.std() for n, s in normal.scores.items()}
     calibrated = (z["residual"] + z["gradient"] + z["comparator"]) / 3
     assert torch.allclose(ours["calibrated"], calibrated, atol=1e-5)
-    small, large = (z["gradient"] + z["comparator"]) / 2, z["residual_wide"]
-    assert 0 < (small > large).sum() < 30
-    assert torch.allclose(ours["small_or_large"], small.maximum(large), atol=1e-5)
+    both = (z["gradient"] + z["comparator"]) / 2
+    pairs = ("small_or_large", both, "residual_wide"), ("spot_or_area", z["spot"], "area")
+    for name, small, large in pairs:
+        assert 0 < (small > z[large]).sum() < 30
+        assert torch.allclose(ours[name], small.maximum(z[large]), atol=1e-5), name
     for raw in (normal, new):  # of networks without a comparator
         del raw.scores["comparator"]
     fewer = scoring.all_scores(new, scoring.fit(normal))
-    assert torch.allclose(fewer["small_or_large"], z["gradient"].maximum(large), atol=1e-5)
+    expected = z["gradient"].maximum(z["residual_wide"])
+    assert torch.allclose(fewer["small_or_large"], expected, atol=1e-5)
 
 
 def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
@@ -196,7 +204,8 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
     assert heat.shape == (5, 32, 32) and heat.dtype == torch.float32
     known = detector.statistics.parts
     o = detector.outputs(pixels)
-    literal = [(m(o) - known[n][0]) / known[n][1] for n, m in scoring.MAPS.items()]
+    maps = scoring.measure(o).maps
+    literal = [(maps[n] - known[n][0]) / known[n][1] for n in scoring.PARTS]
     assert torch.allclose(heat, torch.stack(literal).mean(0), atol=1e-4)
 
 
@@ -256,11 +265,12 @@ def test_whitened_is_the_mean_square_of_the_gaps_on_the_axes_of_normal_ones():
 def raw_scores(normal: torch.Tensor) -> scoring.Measured:
     """Raw scores of z - z_hat (N, dim); its first columns stand for MAP_SCORES."""
     columns = normal[:, :3].T.float()
-    scores = dict(zip(scoring.MAPS, columns)) | {"residual_wide": columns.square().sum(0)}
+    scores = dict(zip(scoring.PARTS, columns)) | {"residual_wide": columns.square().sum(0)}
+    scores |= {"spot": columns[:2].amax(0), "area": scores["residual_wide"] + columns[2]}
     return scoring.Measured({}, scores, normal)
 
 
-@pytest.mark.parametrize("score", ("latent_whitened", "calibrated", "small_or_large"))
+@pytest.mark.parametrize("score", ("latent_whitened", "small_or_large", "spot_or_area"))
 @pytest.mark.parametrize("n, dim, quantile", [(42, 100, 0.95), (42, 20, 0.8), (500, 20, 0.95)])
 def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score):
     """The rate of one draw of calibration images varies, so this is over many draws."""
@@ -333,7 +343,7 @@ def test_cuda_scores_are_those_of_the_cpu(detector, tmp_path):
     on_gpu = load_detector(tmp_path / "model.pt", use_device("cuda"))
     expected, scores = detector.scores(images(30)), on_gpu.scores(images(30))
     for name, values in expected.items():
-        crosses_0 = name in ("comparator", "calibrated", "small_or_large")
+        crosses_0 = name in SIGNED
         assert torch.allclose(values, scores[name], rtol=1e-4, atol=1e-4 * crosses_0), name
 
 

@@ -41,7 +41,9 @@ def test_a_training_is_timed_after_its_warm_up(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"images_per_second": 4 / 2}
 
 
-def test_peers_run_in_turn_with_ours(monkeypatch):
+def test_peers_run_in_turn_with_ours_and_are_read_by_their_last_line(monkeypatch):
+    code = "print('note\\n{\"images_per_second\": 7}')"
+    assert speed.images_per_second([sys.executable, "-c", code]) == 7
     asked = []
 
     def images_per_second(words):
@@ -59,7 +61,9 @@ def test_peers_run_in_turn_with_ours(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_roof_is_measured_and_written(script, tmp_path):
+def test_the_roof_is_measured_and_written_in_three_digits(script, tmp_path):
+    cells = [speed.cell(value) for value in ([3.0, 1.0, 2.2222], 123.4, 0.01234)]
+    assert cells == ["2.22 (1 to 3)", "123", "0.0123"]
     words = ["--only=roof", "--threads=1", "--experiments-dir", tmp_path]
     out = printed(script("speed", *words))
     (row,) = read_json(tmp_path / "local/speed.json")["roof"]["rows"]
@@ -67,13 +71,3 @@ def test_the_roof_is_measured_and_written(script, tmp_path):
     assert f"| 1 | {speed.cell(row['float32'])} | {speed.cell(row['amp'])} |" in out
     for flag, message in (("--only=rof", "roof"), ("--repeats=0", "1"), ("--threads=0", "1")):
         assert message in refusal(script("speed", *words, flag))
-
-
-def test_a_peer_is_read_by_its_last_line():
-    code = "print('note\\n{\"images_per_second\": 7}')"
-    assert speed.images_per_second([sys.executable, "-c", code]) == 7
-
-
-def test_cells_have_three_digits_and_a_range():
-    cells = [speed.cell(value) for value in ([3.0, 1.0, 2.2222], 123.4, 0.01234)]
-    assert cells == ["2.22 (1 to 3)", "123", "0.0123"]
