@@ -86,7 +86,7 @@ def comparator_map(o: Outputs) -> Tensor:
 
 
 def contrast(o: Outputs) -> Tensor:
-    """Standard deviation of grey x around each pixel, under GAUSSIAN."""
+    """Standard deviation of grey x around each pixel, under GAUSSIAN: (B, S, S)."""
     grey = o.x.mean(1)
     return (blurred(grey.square()) - blurred(grey).square()).clamp_min(0).sqrt()
 
