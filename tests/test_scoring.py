@@ -270,7 +270,7 @@ def raw_scores(normal: torch.Tensor) -> scoring.Measured:
     return scoring.Measured({}, scores, normal)
 
 
-@pytest.mark.parametrize("score", ("latent_whitened", "small_or_large", "spot_or_area"))
+@pytest.mark.parametrize("score", scoring.FITTED_SCORES)
 @pytest.mark.parametrize("n, dim, quantile", [(42, 100, 0.95), (42, 20, 0.8), (500, 20, 0.95)])
 def test_false_alarms_are_those_that_the_threshold_names(n, dim, quantile, score):
     """The rate of one draw of calibration images varies, so this is over many draws."""
