@@ -166,7 +166,8 @@ def test_a_copy_of_a_run_is_no_second_run(tmp_path, capsys):
     (tmp_path / "cable/seed42/config.json").unlink()
     experiment.write_results(tmp_path)
     err = capsys.readouterr().err
-    assert err.count("a copy, of bottle seed 42") == 2 and "cable/seed42: its config.json" in err
+    assert err.count("a copy, of bottle seed 42") == 2 and "seed42.old" in err
+    assert "cable/seed42: its config.json is gone" in err
     assert (tmp_path / "results.csv").read_text().count("bottle,42") == 1
 
 

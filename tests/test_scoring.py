@@ -203,8 +203,7 @@ def test_heat_maps_share_one_scale_with_the_calibrated_score(detector):
     heat = detector.heat_maps(pixels)
     assert heat.shape == (5, 32, 32) and heat.dtype == torch.float32
     known = detector.statistics.parts
-    o = detector.outputs(pixels)
-    maps = scoring.measure(o).maps
+    maps = scoring.measure(detector.outputs(pixels)).maps
     literal = [(maps[n] - known[n][0]) / known[n][1] for n in scoring.PARTS]
     assert torch.allclose(heat, torch.stack(literal).mean(0), atol=1e-4)
 
