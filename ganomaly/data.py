@@ -9,7 +9,6 @@ import functools
 import hashlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -166,13 +165,11 @@ def image_hashes(config: Config, data_root: Path | None) -> dict[str, str]:
 
 def content_hash(paths: list[Path], folder: Path) -> str:
     """Hash of the files' bytes and of their names relative to the folder."""
-
-    def digest(path: Path) -> bytes:
+    total = hashlib.sha256()
+    for path in paths:
         name = os.fsencode(path.relative_to(folder))
-        return hashlib.sha256(name + b"\0" + path.read_bytes()).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, paths))).hexdigest()[:16]
+        total.update(hashlib.sha256(name + b"\0" + path.read_bytes()).digest())
+    return total.hexdigest()[:16]
 
 
 def load_folder(config: Config, folder: Path, name: str) -> Category:
