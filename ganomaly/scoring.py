@@ -80,11 +80,6 @@ def blurred(m: Tensor) -> Tensor:
     return F.conv2d(padded, kernels, groups=m.shape[0])
 
 
-def comparator_map(o: Outputs) -> Tensor:
-    """The comparator's logits, blurred so that no single pixel decides."""
-    return blurred(o.logits)
-
-
 def contrast(o: Outputs) -> Tensor:
     """Standard deviation of grey x around each pixel, under GAUSSIAN: (B, S, S)."""
     grey = o.x.mean(1)
@@ -132,7 +127,7 @@ def measure(o: Outputs) -> Measured:
     # What two witnesses see at the same place. Their deviations differ by about this factor
     maps["spot"] = 10 * maps["gradient"]
     if o.logits is not None:
-        maps["comparator"] = comparator_map(o)
+        maps["comparator"] = blurred(o.logits)  # so that no single pixel decides
         maps["spot"] = maps["spot"] + maps["comparator"]
     # Errors are larger where an image has more contrast; 0.4 is a fifth of the range of x
     maps["relative"] = maps["residual"] / (0.4 + contrast(o))

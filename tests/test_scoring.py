@@ -168,7 +168,7 @@ def test_scores_of_maps_are_means_of_their_highest_pixels(detector):
     o = detector.outputs(images(3, seed=6))
     scores = scoring.raw_scores(scoring.measure(o)).scores
     residual, gradient = scoring.residual_map(o), scoring.gradient_map(o)
-    comparator, relative = scoring.comparator_map(o), residual / (0.4 + scoring.contrast(o))
+    comparator, relative = scoring.blurred(o.logits), residual / (0.4 + scoring.contrast(o))
     for name, values, n in (
         ("residual", residual, 10), ("gradient", gradient, 10),  # a hundredth of 32 x 32 pixels
         ("residual_wide", residual, 102), ("comparator", comparator, 1),
