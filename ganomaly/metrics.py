@@ -44,11 +44,8 @@ def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
     """
     neighbours = np.pad(np.ones((1, 3, 3)), ((1, 1), (0, 0), (0, 0)))  # all in the same image
     named, _ = ndimage.label(masks, neighbours)
-    overlap = masks / np.bincount(named.ravel())[named]  # what a pixel adds to its region's
-    order = np.argsort(-maps, axis=None, kind="stable")
-    ends = np.append(np.diff(maps.ravel()[order]) != 0, True)  # equal values share one point
-    sums = (np.append(0, np.cumsum(v.ravel()[order])[ends]) for v in (~masks, overlap))
-    x, y = (values / values[-1] for values in sums)  # the rate and the overlap
+    share = np.where(masks, 1 / np.bincount(named.ravel())[named], 1)  # of a pixel in its region
+    x, y, _ = sk.roc_curve(masks.ravel(), maps.ravel(), sample_weight=share.ravel())
     below, last = x <= limit, np.interp(limit, x, y)
     return float(sk.auc(np.append(x[below], limit), np.append(y[below], last)) / limit)
 
