@@ -86,7 +86,6 @@ def asked_categories(args: argparse.Namespace) -> list[str] | None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, images: bool = True) -> None:
-    """--model, --quantile and --score; with `images` also --images and --device."""
     add = parser.add_argument
     add("--model", type=model_file, required=True, metavar="FILE", help="a run's model.pt")
     quantile = f"{FIELDS['quantile'].metadata['help']} [as trained]"

@@ -26,7 +26,6 @@ def channel_plan(image_size: int, width: int) -> list[int]:
 
 
 def block(convolution: nn.Module, activation: nn.Module) -> list[nn.Module]:
-    """A convolution, BatchNorm and an activation."""
     return [convolution, nn.BatchNorm2d(convolution.out_channels), activation]
 
 

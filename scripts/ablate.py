@@ -116,7 +116,6 @@ def write_tables(folder: Path) -> Runs:
 
 
 def page(runs: Runs) -> Page:
-    """Means, deviations, and the differences to the base run of the same category and seed."""
     categories = sorted({category for _, category, _ in runs})
     seeds = ", ".join(str(seed) for seed in sorted({seed for *_, seed in runs}))
     names = list(dict.fromkeys(name for name, *_ in runs))

@@ -35,7 +35,6 @@ def main(argv=None) -> None:
 
 
 def updated(text: str) -> str:
-    """README's text with today's table."""
     before, _, rest = text.partition(START)
     return f"{before}{START}{table()}{END}{rest.partition(END)[2]}"
 

@@ -47,7 +47,6 @@ HEAT = (
 
 
 def report_page(folder: Path, data_root: Path | None, device: torch.device) -> str:
-    """The page of an experiment: tables, curves, a section a category."""
     runs = read_runs(folder)
     out = [HEAD, *blocks(page_of(folder, runs))]
     if any(run["curve"] for run in runs):
