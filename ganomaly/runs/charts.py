@@ -16,7 +16,7 @@ LEFT, TOP, RIGHT, BOTTOM = 38, 22, 8, 22  # around it, for text
 BINS, COLUMNS = 40, 4
 COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#aa8800", "#66ccee", "#aa3377", "#888888", "#ee8866",
-    "#44bb99", "#994455", "#8833dd",
+    "#44bb99", "#994455", "#8833dd", "#dd3311", "#99bb22", "#cc77dd",
 )  # fmt: skip
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.axis{stroke:#8888;fill:none}.seed{opacity:.3}"
