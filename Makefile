@@ -44,7 +44,7 @@ help: ## list the targets
 	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-download: $(READY) ## MVTec AD, 4.9 GB, not for commercial use: DATA_ROOT= URL=mirror or file
+download: $(READY) ## MVTec AD, 5.3 GB, not for commercial use: DATA_ROOT= URL=mirror or file
 	@$(PYTHON) scripts/download.py $(call flag,DATA_ROOT,--data-root) $(call flag,URL,--url) $(ARGS)
 
 train: $(READY) ## train one category: CATEGORY= DATASET= DATA_ROOT= EXPERIMENT= SEED= RECIPE= ARGS=

@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
     def add_config_flags(self) -> None:
-        others = ", ".join(DATASET_DEFAULTS)
-        group = self.add_argument_group(f"config; [..] is the default; {others} have their own")
+        text = "config; [..] is the default; recipes, digits, mnist and cifar10 have their own"
+        group = self.add_argument_group(text)
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():
             choices = f": {allowed(key)}" if "choices" in key.metadata else ""
@@ -55,7 +55,7 @@ def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") 
     """Where images, experiments and the device are: no part of a config."""
     add = parser.add_argument
     add("--experiment", default=experiment, metavar="NAME", help=f"folder [{experiment}]")
-    add("--data-root", type=Path, metavar="DIR", help="folder of the images [data/mvtec, data]")
+    add("--data-root", type=Path, metavar="DIR", help="of the images [data; mvtec: data/mvtec]")
     add("--download", action="store_true", help="fetch mnist or cifar10 if missing")
     add_device_flag(parser)
     folder = os.path.relpath(RUNS)
@@ -65,7 +65,7 @@ def add_place_flags(parser: argparse.ArgumentParser, experiment: str = "local") 
 def add_train_flags(parser: Parser, experiment: str = "local", recipe: str | None = None) -> None:
     """What to train, how, and where; `experiment` and `recipe` are defaults."""
     add = parser.add_argument
-    text = f"of experiments/ [{recipe or 'the defaults below'}]"
+    text = f"a folder of experiments/ [{recipe or 'the defaults below'}]"
     add("--recipe", default=recipe, metavar="NAME", help=text)
     add("--force", action="store_true", help="train anew, over what is there")
     add("--dry-run", action="store_true", help="say what would be done, and stop")

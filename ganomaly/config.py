@@ -1,7 +1,7 @@
 """Every knob of a run in one flat, frozen, documented dataclass, and its JSON form.
 
-The defaults are the paper recipe. Paths and the device are flags of the scripts and no part of a
-config, so no path is ever saved.
+The defaults train as the recipe `paper` does. Paths and the device are flags of the scripts and no
+part of a config, so no path is ever saved.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Config:
 
     dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
     category: str | None = knob(
-        None, "name of a category or a folder; else the class that is the anomaly"
+        None, "a folder of images; digits, mnist, cifar10: the class that is the anomaly"
     )
     image_size: int = knob(64, "side of the images, pixels", choices=(32, 64, 128, 256, 512, 1024))
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))
@@ -70,7 +70,7 @@ class Config:
     steps: int = knob(3000, "training steps, the same for every category", low=1, high=10**9)
     lr: float = knob(2e-4, "Adam's learning rate of generator and discriminator", above=0, high=1)
     beta1: float = knob(0.5, "Adam's beta1 of generator and discriminator", low=0, below=1)
-    ema_decay: float = knob(0.99, "decay of the averaged weights; 0: the last ones", low=0, below=1)
+    ema_decay: float = knob(0.99, "decay of the running average; 0: no average", low=0, below=1)
     w_adv: float = knob(1.0, "weight of the adversarial (feature matching) loss", low=0, high=1e6)
     w_con: float = knob(50.0, "weight of the contextual loss", low=0, high=1e6)
     w_enc: float = knob(1.0, "weight of the encoder loss", low=0, high=1e6)
@@ -82,7 +82,7 @@ class Config:
     score: str = knob("latent", "the headline anomaly score", choices=SCORES)
     tta: bool = knob(False, "test-time augmentation: average over moved copies")
     quantile: float = knob(0.95, "share of normal images under the threshold", above=0, below=1)
-    calibration_fraction: float = knob(0.2, "share of train/good not trained on", above=0, below=1)
+    calibration_fraction: float = knob(0.2, "share of the good images held out", above=0, below=1)
     checkpoint_every: int = knob(500, "steps between checkpoints", low=1, high=10**9)
     threads: int = knob(1, "CPU threads; results depend on their number", low=1, high=1024)
     seed: int = knob(42, "seed of every random draw", low=0, high=2**32 - 1)
@@ -105,7 +105,7 @@ class Config:
         if not any(getattr(self, name) for name in weights):
             raise UserError(f"{', '.join(weights)}: all are 0, one must be positive to train")
         if self.comparator_width and not self.n_corrupted:
-            raise UserError("comparator_width: it needs corrupted images; raise corrupted or set 0")
+            raise UserError("comparator_width: no image of a batch is corrupted; raise corrupted")
         if self.score not in self.scores:
             raise UserError(f"score: {self.score} needs a comparator_width of more than 0")
         if self.category is not None and not is_name(self.category):
@@ -179,7 +179,7 @@ def nearest(name: str, known) -> str:
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """The fields that differ and change results, as 'name (theirs there, ours asked)'."""
-    same = {"checkpoint_every"}  # changes no result
+    same = {"checkpoint_every"}  # changes no score
     if ours.dataset in FOLDERS and theirs.dataset in FOLDERS:
         same.add("dataset")  # the same images by another name
     if "auto" in (ours.amp, theirs.amp):

@@ -36,7 +36,7 @@ class Corruption:
         side = min(size, MASK_SIDE)
         masks = torch.stack([draw_mask(side, self.host) for _ in range(MASKS)])[:, None]
         self.masks = F.interpolate(masks, (size, size), mode="bilinear").to(device)
-        # The spread of colours. It is 0 for grey images: a colour would reveal the corrupted ones
+        # The spread of colours. It is 0 for grey images, as colour would show what is corrupted
         sample = to_input(images[:256], device, self.scale)
         self.chroma = float((sample - sample.mean(1, keepdim=True)).std())
 

@@ -34,7 +34,7 @@ TEN = tuple("0123456789")
 CLASSES = {"mvtec": MVTEC, "digits": TEN, "mnist": TEN, "cifar10": CIFAR10}
 MIN_CALIBRATION = MIN_TRAIN = 10
 HINTS = {
-    "mvtec": "get MVTec AD (4.9 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
+    "mvtec": "get MVTec AD (5.3 GB, CC BY-NC-SA 4.0, not for commercial use): make download",
     "folder": "put images of good parts there, or name another --data-root",
 }
 
@@ -178,7 +178,7 @@ def load_folder(config: Config, folder: Path, name: str) -> Category:
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
-            f"{folder / 'test'}: images are needed in test/good and in test/<defect>, and are in "
+            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; found only: "
             f"{', '.join(sorted({name for _, name in test})) or 'none'}; add some, or take test/ "
             "away to train and calibrate only"
         )
@@ -206,10 +206,10 @@ def load_folder(config: Config, folder: Path, name: str) -> Category:
 
 
 def note_repeated(category: Category, normal: Tensor) -> None:
-    """Print how many images are copies of others in train/good (n, C, S, S)."""
+    """Print how many images are copies of other training images, normal (n, C, S, S)."""
     known = set(fingerprints(normal))
     if len(known) < len(normal):
-        counts = f"{len(normal) - len(known)} of {len(normal)} images of train/good are copies"
+        counts = f"{len(normal) - len(known)} of {len(normal)} training images are copies"
         message = f"{counts} of others, so there will be more false alarms than expected"
         print(f"note: {category.name}: {message}", file=sys.stderr)
     test = zip(category.test_paths, fingerprints(category.test))
@@ -241,7 +241,7 @@ def arrays(dataset: str, data_root: Path | None, download: bool) -> tuple[np.nda
         from sklearn.datasets import load_digits  # late, as it is slow to import
 
         if data_root is not None:
-            hint = "--category or --dataset folder takes images"
+            hint = "for your images add --dataset folder or a --category"
             print(f"note: the digits need no --data-root; {hint}", file=sys.stderr)
         digits = load_digits()
         return np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target
@@ -290,9 +290,10 @@ def split_calibration(n: int, config: Config, where) -> tuple[Tensor, Tensor]:
     """Sorted indices to train on and to calibrate with; UserError where n is too small."""
     held_out = max(MIN_CALIBRATION, round(config.calibration_fraction * n))
     if n - held_out < MIN_TRAIN:
+        lower = " or lower --calibration-fraction" if held_out > MIN_CALIBRATION else ""
         raise UserError(
             f"{where}: {n} training images; calibration takes {held_out}, training needs "
-            f"{MIN_TRAIN}: add images or lower --calibration-fraction"
+            f"{MIN_TRAIN}: add images{lower}"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
     return order[held_out:].sort().values, order[:held_out].sort().values

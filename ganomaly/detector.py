@@ -54,7 +54,7 @@ def moved(images: Tensor, step: int, dim: int) -> Tensor:
 
 
 def measured_by(networks, o: Outputs, tta: bool) -> Measured:
-    """What the outputs measure; with `tta` averaged with copies moved by MOVES, the image half."""
+    """scoring.measure; with `tta` half from the images, half from copies moved by MOVES."""
     own = scoring.measure(o)
     if not tta:
         return own

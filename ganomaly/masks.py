@@ -62,13 +62,13 @@ def load_masks(
     if wrong:
         reason, first = wrong[0]
         counts = f"{len(wrong)} of {len(defective)} defective images have no usable mask in "
-        message = f"{counts}{'/, '.join(folders)}/, so there are no figures of pixels"
+        message = f"{counts}{'/, '.join(folders)}/, so pixel AUROC and AUPRO are left out"
         print(f"note: {folder}: {message}; the first: {first} ({reason})", file=sys.stderr)
         return None
     result = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
     result[defective] = torch.from_numpy(np.stack(read))
     for words, chosen in (
-        ("more than half of the image; is their black the defect?", lambda mask: mask.mean() > 0.5),
+        ("more than half of the image; is it inverted?", lambda mask: mask.mean() > 0.5),
         (f"nothing at {image_size} px, as the defects are too thin", lambda mask: not mask.any()),
     ):
         if n := sum(map(chosen, read)):
@@ -99,11 +99,11 @@ def load_mask(paths: list[Path], aspect: float, image_size: int) -> np.ndarray |
 
 
 def mask_pixels(image: Image.Image, noisy: bool) -> np.ndarray:
-    """bool (h, w): nonzero in a mask of few or low levels, else the upper half of the levels.
+    """bool (h, w), True where defective.
 
-    So 1 and 255 both mean defective. The format of a noisy mask is one that may change levels a
-    little. There the upper half is defective, so that the noise is not. Of a mask that varies in
-    its alpha channel only, this channel is taken.
+    In a mask of few or low levels it is what is not 0, so 1 and 255 both mean defective. Else, and
+    in a noisy format (as JPEG, which changes levels a little), it is what is above half of the
+    maximum. If only the alpha channel varies, this channel is the mask.
     """
     levels = np.asarray(image if image.mode[0] in "IF" else image.convert("RGBA"))
     if levels.ndim == 3:

@@ -71,7 +71,7 @@ class Replayed:
         self.run(inputs)
         allowed = 0 if torch.are_deterministic_algorithms_enabled() else ALLOWED
         if not reason and not deviation(replayed, state, before) <= allowed:
-            reason = "it computes something else"
+            reason = "the recording computes something else"
         if reason:
             message = f"training runs without a CUDA graph and is slower: {reason}"
             tqdm.write(message, file=sys.stderr)

@@ -46,7 +46,7 @@ def residual_map(o: Outputs) -> Tensor:
 
 
 def gradient_map(o: Outputs) -> Tensor:
-    """1 - gradient magnitude similarity of x and x_hat in grey, averaged over four scales.
+    """1 - gradient magnitude similarity of x and x_hat in grey, averaged over four scales, blurred.
 
     Xue et al., TIP 2014; the scales are RIAD's (Zavrtanik et al., Pattern Recognition 2021).
     """
@@ -56,7 +56,7 @@ def gradient_map(o: Outputs) -> Tensor:
         if scale:
             x, x_hat = F.avg_pool2d(x, 2), F.avg_pool2d(x_hat, 2)
         a, b = gradient_magnitude(x), gradient_magnitude(x_hat)
-        c = 0.0104  # the authors' .0026 is for a range of 1, ours is 2
+        c = 0.0104  # .0026 in the paper, for a range of 1; ours is 2
         difference = 1 - (2 * a * b + c) / (a.square() + b.square() + c)
         # Not F.interpolate: under --deterministic it uses another formula
         total += torch.ops.aten.upsample_bilinear2d(difference, total.shape[-2:], False)
@@ -83,7 +83,7 @@ def contrast(o: Outputs) -> Tensor:
     return (blurred(grey.square()) - blurred(grey).square()).clamp_min(0).sqrt()
 
 
-def highest(m: Tensor, share: float) -> Tensor:
+def mean_of_highest(m: Tensor, share: float) -> Tensor:
     """Mean of a share of a map's pixels, those with the highest values: (B, S, S) -> (B,)."""
     pixels = m.flatten(1)
     return pixels.topk(max(1, int(share * pixels.shape[1]))).values.mean(1)
@@ -101,17 +101,17 @@ PLAIN_SCORES = {
 }
 # Scores that sum up a map of measure(): (B, S, S) -> (B,)
 MAP_SCORES = {
-    "residual": ("residual", lambda m: highest(m, 0.01)),
-    "gradient": ("gradient", lambda m: highest(m, 0.01)),
+    "residual": ("residual", lambda m: mean_of_highest(m, 0.01)),
+    "gradient": ("gradient", lambda m: mean_of_highest(m, 0.01)),
     "comparator": ("comparator", lambda m: m.amax((1, 2))),
-    "residual_wide": ("residual", lambda m: highest(m, 0.1)),  # of large defects
+    "residual_wide": ("residual", lambda m: mean_of_highest(m, 0.1)),  # of large defects
     "spot": ("spot", lambda m: m.amax((1, 2))),  # of small ones
-    "area": ("relative", lambda m: highest(m, 0.1)),  # of large ones
+    "area": ("relative", lambda m: mean_of_highest(m, 0.1)),  # of large ones
 }
 
 
 class Measured(NamedTuple):
-    """What images measure, before any calibration; that of copies of an image can be averaged."""
+    """Maps and scores of images before calibration. Those of an image's copies can be averaged."""
 
     maps: dict[str, Tensor]  # (N, S, S); none any more in raw_scores
     scores: dict[str, Tensor]  # PLAIN_SCORES, in raw_scores also MAP_SCORES: (N,) float32
@@ -119,9 +119,9 @@ class Measured(NamedTuple):
 
 
 def measure(o: Outputs) -> Measured:
-    """What one batch measures; without a comparator, not its map."""
+    """Maps and scores of a batch; without a comparator, not its map."""
     maps = {"residual": residual_map(o), "gradient": gradient_map(o)}
-    # What two witnesses see at the same place. Their deviations differ by about this factor
+    # Gradient and comparator at the same place. The factor brings both to a similar spread
     maps["spot"] = 10 * maps["gradient"]
     if o.logits is not None:
         maps["comparator"] = blurred(o.logits)  # so that no single pixel decides

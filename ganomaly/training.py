@@ -23,7 +23,7 @@ from ganomaly.corruption import Corruption
 from ganomaly.errors import UserError, flag
 from ganomaly.networks import build, initialise
 
-LOG_EVERY = 50  # steps between log records; only then does the host wait for the device
+LOG_EVERY = 50  # steps between log records; then, and at checkpoints, the host waits
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
 LR_COMPARATOR = 1e-3  # with Adam's default betas, as the comparator has no adversary
 
@@ -47,8 +47,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     a weight is not finite. The last checkpoint stays.
     """
     # Networks, optimisers, data. One random stream serves initialisation and batches. Comparator
-    # and corruption have their own, so that the generator starts alike with and without them. Each
-    # of their seeds flips one bit. A generator on the CPU keeps only 32 bits
+    # and corruption have their own, so that the generator starts alike with and without them. Their
+    # seeds are the config's with one bit flipped. A generator on the CPU keeps only 32 bits
     rng = torch.Generator().manual_seed(config.seed)
     rng_c = torch.Generator().manual_seed(config.seed ^ (1 << 31))
     networks = build(config)

@@ -1,8 +1,8 @@
 """Calibrate a trained model on other good images; nothing is trained.
 
-Where the lamp or the material has changed, or a stricter threshold needs more images: statistics
-of normal images and threshold are learnt again, from good images that were not trained on. They
-go into a new model file.
+Use it when the lamp or the material has changed, or for a stricter threshold. It learns the
+statistics of normal images and the threshold again, from good images that were not trained on.
+They go into a new model file.
 """
 
 import os
@@ -46,7 +46,7 @@ def main(argv=None) -> None:
         print(f"note: {trained} images that the model was trained on are left out", file=sys.stderr)
     images, n = images[new], len(new)
     if n < MIN_CALIBRATION:
-        raise UserError(f"--images: {n} images; at least {MIN_CALIBRATION} are needed, better 99")
+        raise UserError(f"--images: {n} images; at least {MIN_CALIBRATION} are needed")
     before, old = detector(images).defective, detector.threshold
     if args.tta is not None:
         detector.config = detector.config.replace(tta=args.tta)

@@ -27,7 +27,7 @@ URL = (
 )
 SIZE = 5_264_982_680  # bytes of the archive; its files take about as much again
 SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-LICENCE = "MVTec AD (Bergmann et al., CVPR 2019): CC BY-NC-SA 4.0, not for commercial use; 4.9 GB"
+LICENCE = "MVTec AD (Bergmann et al., CVPR 2019): CC BY-NC-SA 4.0, not for commercial use; 5.3 GB"
 HINT = "URL= takes a mirror or a local file"
 
 

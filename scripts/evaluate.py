@@ -1,8 +1,8 @@
 """Score a finished run again from its model.pt and rewrite its numbers.
 
 The run is found by --experiment, --category and --seed. It keeps its own config; other config
-flags are refused if they differ from it. With another --score that score's figures are shown, and
-nothing is written.
+flags are refused if they differ from it. If the code has changed since, the model is calibrated
+again. With another --score that score's figures are shown, and nothing is written.
 """
 
 import sys

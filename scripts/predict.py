@@ -101,7 +101,7 @@ def write_rows(args, items: list[Item], key: str, detector: Detector, seen: list
             if file.tell():
                 rows = rows_before(file, key, detector.batch)
                 text = f"going on after {len(rows)} of {len(items)} images"
-                print(f"{part}: {text}; notes are on the others", file=sys.stderr)
+                print(f"{part}: {text}; the notes below are on the others", file=sys.stderr)
             # The kept rows stay in the file, so that another kill does not lose them
             file.truncate(len(as_bytes(csv_text([*HEADER, key], rows))) if rows else 0)
         if not rows:

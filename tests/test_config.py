@@ -115,7 +115,7 @@ def test_what_is_no_config_is_named_and_an_unknown_key_with_the_nearest():
 
 def test_knobs_that_do_not_fit_together_are_refused():
     for values, words in (
-        (dict(comparator_width=8, corrupted=0.05), "comparator_width: it needs"),
+        (dict(comparator_width=8, corrupted=0.05), "comparator_width: no image of a batch"),
         (dict(score="comparator", corrupted=0.5), "score: comparator needs"),
         (dict(w_adv=0, w_con=0, w_enc=0), "w_adv, w_con, w_enc.*: all are 0"),
     ):

@@ -104,7 +104,7 @@ def test_a_replay_is_used_if_it_is_the_step(error, deterministic, used, monkeypa
     for _ in range(5):
         update(torch.ones(1))
     assert (update.replay is not None) == used
-    assert ("it computes something else" in capsys.readouterr().err) != used
+    assert ("the recording computes something else" in capsys.readouterr().err) != used
     assert used or total == 5  # the recording has added nothing
 
 

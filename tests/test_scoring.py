@@ -177,7 +177,7 @@ def test_scores_of_maps_are_means_of_their_highest_pixels(detector):
         highest = values.flatten(1).sort(descending=True).values[:, :n]
         assert torch.allclose(scores[name], highest.mean(1)), name
     assert torch.equal(scoring.measure(o._replace(logits=None)).maps["spot"], 10 * gradient)
-    assert scoring.highest(torch.tensor([[[1.0, 5.0]]]), 0.01).item() == 5  # at least one pixel
+    assert scoring.mean_of_highest(torch.tensor([[[1.0, 5.0]]]), 0.01).item() == 5
 
 
 def test_standardised_scores_against_their_formulas():
