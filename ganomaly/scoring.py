@@ -106,7 +106,7 @@ MAP_SCORES = {
     "comparator": ("comparator", lambda m: m.amax((1, 2))),
     "residual_wide": ("residual", lambda m: mean_of_highest(m, 0.1)),  # of large defects
     "spot": ("spot", lambda m: m.amax((1, 2))),  # of small ones
-    "area": ("relative", lambda m: mean_of_highest(m, 0.1)),  # of large ones
+    "area": ("area", lambda m: mean_of_highest(m, 0.1)),  # of large ones
 }
 
 
@@ -127,7 +127,7 @@ def measure(o: Outputs) -> Measured:
         maps["comparator"] = blurred(o.logits)  # so that no single pixel decides
         maps["spot"] = maps["spot"] + maps["comparator"]
     # Errors are larger where an image has more contrast; 0.4 is a fifth of the range of x
-    maps["relative"] = maps["residual"] / (0.4 + contrast(o))
+    maps["area"] = maps["residual"] / (0.4 + contrast(o))
     plain = {name: score(o) for name, score in PLAIN_SCORES.items()}
     return Measured(maps, plain, (o.z - o.z_hat).double())
 
