@@ -209,7 +209,7 @@ def test_pages_alpha_copies_and_metadata_are_told(tmp_path, said):
     clear.putalpha(image.convert("L"))
     clear.save(first)
     category, err = said(tmp_path)
-    assert "2 of 26 images of train/good are copies of others" in err  # one is of a page
+    assert "2 of 26 training images are copies of others" in err  # one is of a page
     assert "1 of 36 images have several pages, of which the first is read" in err
     assert f"the colours under them count, though hidden; the first: {first}" in err
     assert "1 of 10 test images are training images too; the first: test/good/copy.png" in err
