@@ -178,7 +178,7 @@ def load_folder(config: Config, folder: Path, name: str) -> Category:
     test = test_files(folder)
     if (folder / "test").is_dir() and len({defect == "good" for _, defect in test}) < 2:
         raise UserError(
-            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; found only: "
+            f"{folder / 'test'}: images are needed in test/good and in test/<defect>; found: "
             f"{', '.join(sorted({name for _, name in test})) or 'none'}; add some, or take test/ "
             "away to train and calibrate only"
         )

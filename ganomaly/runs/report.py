@@ -42,7 +42,7 @@ svg{max-width:100%;height:auto}.wide svg{max-width:max(100%,640px)}
 HEAT = (
     "Each picture shows the image, its reconstruction, and the image under a heat map. No colour "
     "means no more anomalous than the peaks of good images. Yellow to red is more anomalous. The "
-    "verdict comes from the score: a normal image can have some colour, a defective one always has."
+    "verdict comes from the score: a normal image can have colour, a defective one always does."
 )
 
 
