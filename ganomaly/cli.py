@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
     def add_config_flags(self) -> None:
-        text = "config; [..] is the default; recipes, digits, mnist and cifar10 have their own"
+        text = f"config; [..] is the default; recipes, {', '.join(DATASET_DEFAULTS)} have their own"
         group = self.add_argument_group(text)
         group.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config")
         for name, key in FIELDS.items():

@@ -54,7 +54,7 @@ class Config:
 
     dataset: str = knob("mvtec", "[mvtec with a category, else digits]", choices=DATASETS)
     category: str | None = knob(
-        None, "a folder of images; digits, mnist, cifar10: the class that is the anomaly"
+        None, "a folder of images; in a labelled set the class that is the anomaly"
     )
     image_size: int = knob(64, "side of the images, pixels", choices=(32, 64, 128, 256, 512, 1024))
     channels: int = knob(3, "3 for colour, 1 for grey", choices=(1, 3))

@@ -68,7 +68,7 @@ def load_masks(
     result = torch.zeros(len(test), image_size, image_size, dtype=torch.bool)
     result[defective] = torch.from_numpy(np.stack(read))
     for words, chosen in (
-        ("more than half of the image; is it inverted?", lambda mask: mask.mean() > 0.5),
+        ("more than half of the image; are they inverted?", lambda mask: mask.mean() > 0.5),
         (f"nothing at {image_size} px, as the defects are too thin", lambda mask: not mask.any()),
     ):
         if n := sum(map(chosen, read)):

@@ -72,9 +72,9 @@ def gradient_magnitude(grey: Tensor) -> Tensor:
 
 def blurred(m: Tensor) -> Tensor:
     """Maps (B, S, S) blurred by GAUSSIAN."""
-    kernels = GAUSSIAN.to(m.device, non_blocking=True)
+    kernel = GAUSSIAN.to(m.device, non_blocking=True)
     padded = F.pad(m, (3, 3, 3, 3), mode="reflect")
-    return F.conv2d(padded[:, None], kernels[None, None])[:, 0]
+    return F.conv2d(padded[:, None], kernel[None, None])[:, 0]
 
 
 def contrast(o: Outputs) -> Tensor:

@@ -122,7 +122,7 @@ ODD_SETS = {
 }
 
 
-@pytest.mark.parametrize("more", [[], [*EVERY, "--score=small_or_large"]], ids=["paper", "ours"])
+@pytest.mark.parametrize("more", [[], [*EVERY, "--score=spot_or_area"]], ids=["paper", "ours"])
 @pytest.mark.parametrize("name", ODD_SETS)
 def test_odd_sets_have_defined_results_and_no_warning(script, tmp_path, name, more):
     for place, arrays in zip(("train/good", "test/good", "test/bad"), ODD_SETS[name]):

@@ -134,7 +134,7 @@ def test_inverted_masks_and_defects_that_are_too_thin_are_told(tmp_path, said, c
     thin[7] = 1
     Image.fromarray(np.stack([0 * thin, 0 * thin, thin], 2)).save(second)  # dark blue
     _, err = said(tmp_path)
-    assert "1 of 2 masks mark more than half of the image; is it inverted?" in err
+    assert "1 of 2 masks mark more than half of the image; are they inverted?" in err
     assert "1 of 2 masks mark nothing at 32 px, as the defects are too thin" in err
     shutil.copy(second, first)
     category, _ = said(tmp_path)
