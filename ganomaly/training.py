@@ -26,6 +26,7 @@ from ganomaly.networks import build, initialise
 LOG_EVERY = 50  # steps between log records; then, and at checkpoints, the host waits
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
 LR_COMPARATOR = 1e-3  # with Adam's default betas, as the comparator has no adversary
+COMPARATOR_SHARE = 0.2  # of the images, on which only the comparator is trained
 
 
 @dataclass
@@ -70,7 +71,15 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
+    # The generator reconstructs new images worse than its training images. So that the comparator
+    # sees such errors, half of its images are kept from the generator
+    own, n_own = images[:0], config.batch_size // 2
+    if comparator is not None:
+        shuffled = images[torch.randperm(len(images), generator=rng_c)]
+        kept = math.ceil(COMPARATOR_SHARE * len(images))
+        own, images = shuffled[:kept].to(device), shuffled[kept:]
     images, picks = images.to(device), batches(len(images), config.batch_size, rng)
+    own_picks = batches(len(own), n_own, rng_c)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     stateful["scaler"] = scaler
     corruption, rngs, n_corrupted = None, [], config.n_corrupted
@@ -97,12 +106,23 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         step, seconds = state["step"], state["seconds"]
         for _ in range(step):  # the draws of the batches before
             next(picks)
+            if comparator is not None:
+                next(own_picks)
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)
+    average = averages["generator"].eval()
 
-    def one_step(x: Tensor, x_in: Tensor, mask: Tensor) -> None:
-        # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. A CUDA
-        # graph may record this function: no random numbers, no .item(), tensors change in place.
+    def corrupt(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        # A batch with the first n images corrupted, and masks (B, S, S)
+        if not n:
+            return x, torch.zeros_like(x[:, 0])
+        corrupted, mask = corruption(x[:n])
+        return torch.cat([corrupted, x[n:]]), F.pad(mask, (0, 0, 0, 0, 0, len(x) - n))
+
+    def one_step(x: Tensor, x_in: Tensor, y_in: Tensor, mask: Tensor) -> None:
+        # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. y_in: the
+        # comparator's own. mask: where x_in[::2] and y_in are corrupted. A CUDA graph may record
+        # this function: no random numbers, no .item(), tensors change in place.
         # One forward pass serves both updates, so each uses the other's weights as they were before
         # the step, as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -129,12 +149,15 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
-        # Comparator's step: where was x corrupted? Its gradient does not reach the generator
+        # Comparator's step: where are images corrupted? Its gradient does not reach the generator
         loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = comparator(x_in, x_hat.detach())
-            loss_c = losses.comparator(logits, F.pad(mask, (0, 0, 0, 0, 0, len(x) - n_corrupted)))
+                with torch.no_grad():  # as in scoring
+                    y_hat = average.decoder(average.encoder1(y_in))
+                seen = torch.cat([x_in[::2], y_in]), torch.cat([x_hat[::2].detach(), y_hat])
+                logits = comparator(*seen)
+            loss_c = losses.comparator(logits, mask)
             optimizer_c.zero_grad()
             scaler.scale(loss_c).backward()
             scaler.step(optimizer_c)
@@ -156,14 +179,15 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     start = time.perf_counter()
     while step < config.steps:
-        # A batch, of which the first n_corrupted images are corrupted; its order is random
-        picked = next(picks).to(device, non_blocking=True)
-        x = to_input(images[picked], device, scale)  # (B, C, S, S)
-        x_in, mask = x, x[:0, 0]
-        if corruption is not None:
-            corrupted, mask = corruption(x[:n_corrupted])
-            x_in = torch.cat([corrupted, x[n_corrupted:]])
-        update(x, x_in, mask)
+        # Batches, in which the first images are corrupted; their order is random
+        x = to_input(images[next(picks).to(device, non_blocking=True)], device, scale)
+        x_in, mask = corrupt(x, n_corrupted)
+        y_in = x[:0]
+        if comparator is not None:
+            y = to_input(own[next(own_picks).to(device, non_blocking=True)], device, scale)
+            y_in, own_mask = corrupt(y, n_corrupted // 2)
+            mask = torch.cat([mask[::2], own_mask])
+        update(x, x_in, y_in, mask)
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
         # would be mostly the initial weights

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -40,19 +41,29 @@ def literal(config: Config, pixels: torch.Tensor):
     }
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     opt_g, opt_d = (torch.optim.Adam(network.parameters(), **adam) for network in (g, d))
-    n, order = config.n_corrupted, []
+    n, n_own = config.n_corrupted, 0
     if c:
         opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
-        corruption = Corruption(pixels, config.seed + 2**30, None)
-    for step in range(1, config.steps + 1):
-        while len(order) < config.batch_size:
+        scored, n_own = copy.deepcopy(g).eval(), math.ceil(len(pixels) / 5)
+        pixels = pixels[torch.randperm(len(pixels), generator=rng_c)]
+    own, pixels = pixels[:n_own], pixels[n_own:]
+    corruption = Corruption(pixels, config.seed + 2**30, None)
+
+    def batch(pixels, size: int, order: list, rng, n: int):
+        """Clean images, the same with the first n corrupted, and where."""
+        while len(order) < size:
             order += torch.randperm(len(pixels), generator=rng).tolist()
-        x = (pixels[order[: config.batch_size]].float() / 255 - 0.5) / 0.5
+        x = (pixels[order[:size]].float() / 255 - 0.5) / 0.5
         x = x.contiguous(memory_format=torch.channels_last)
-        order = order[config.batch_size :]
-        seen = x.clone()
-        if c:
-            seen[:n], mask = corruption(x[:n])
+        del order[:size]
+        seen, truth = x.clone(), torch.zeros_like(x[:, 0])
+        if n:
+            seen[:n], truth[:n] = corruption(x[:n])
+        return x, seen, truth
+
+    order, own_order = [], []
+    for step in range(1, config.steps + 1):
+        x, seen, truth = batch(pixels, config.batch_size, order, rng, n)
         z, x_hat, z_hat = g(seen)
         # Both gradients are at the weights before the step. D's real images are clean. The BCE of a
         # logit v is softplus(-v) against 1 and softplus(v) against 0
@@ -71,9 +82,13 @@ def literal(config: Config, pixels: torch.Tensor):
         opt_g.step()
         opt_d.step()
         if c:
-            truth = torch.zeros_like(x[:, 0])
-            truth[:n] = mask
-            p = c(seen, x_hat.detach()).sigmoid()
+            # Half of its images are its own, reconstructed by the running average in eval mode
+            before = {name: v for (network, name), v in average.items() if network == "generator"}
+            scored.load_state_dict({**g.state_dict(), **before})
+            _, own_seen, own_truth = batch(own, config.batch_size // 2, own_order, rng_c, n // 2)
+            seen = torch.cat([seen[::2], own_seen])
+            truth = torch.cat([truth[::2], own_truth])
+            p = c(seen, torch.cat([x_hat[::2], scored(own_seen)[1]]).detach()).sigmoid()
             right = torch.where(truth == 1, p, 1 - p)  # the probability of the true answer
             weight = torch.where(truth == 1, 5.0, 1.0)
             opt_c.zero_grad()
