@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,13 +73,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scale = fitted_scale(images) if config.normalise == "exposure" else None
     # The generator reconstructs new images worse than its training images. So that the comparator
     # sees such errors, half of its images are kept from the generator
-    own, n_own = images[:0], config.batch_size // 2
+    n_own = own_size = 0  # the comparator's images, and how many of them it takes a step
     if comparator is not None:
-        shuffled = images[torch.randperm(len(images), generator=rng_c)]
-        kept = math.ceil(COMPARATOR_SHARE * len(images))
-        own, images = shuffled[:kept].to(device), shuffled[kept:]
-    images, picks = images.to(device), batches(len(images), config.batch_size, rng)
-    own_picks = batches(len(own), n_own, rng_c)
+        n_own, own_size = math.ceil(COMPARATOR_SHARE * len(images)), config.batch_size // 2
+        images = images[torch.randperm(len(images), generator=rng_c)]
+    own, images = images[:n_own].to(device), images[n_own:].to(device)
+    picks = batches(len(images), config.batch_size, rng)
+    own_picks = batches(n_own, own_size, rng_c)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     stateful["scaler"] = scaler
     corruption, rngs, n_corrupted = None, [], config.n_corrupted
@@ -105,19 +105,19 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             sums[name].copy_(value)
         step, seconds = state["step"], state["seconds"]
         for _ in range(step):  # the draws of the batches before
-            next(picks)
-            if comparator is not None:
-                next(own_picks)
+            next(picks), next(own_picks)
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)
     average = averages["generator"].eval()
 
-    def corrupt(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        # A batch with the first n images corrupted, and masks (B, S, S)
+    def drawn(pixels: Tensor, picks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        # A batch; the same with its first images corrupted; masks (B, S, S). Its order is random
+        x = to_input(pixels[next(picks).to(device, non_blocking=True)], device, scale)
+        n = int(config.corrupted * len(x))
         if not n:
-            return x, torch.zeros_like(x[:, 0])
+            return x, x, torch.zeros_like(x[:, 0])
         corrupted, mask = corruption(x[:n])
-        return torch.cat([corrupted, x[n:]]), F.pad(mask, (0, 0, 0, 0, 0, len(x) - n))
+        return x, torch.cat([corrupted, x[n:]]), F.pad(mask, (0, 0, 0, 0, 0, len(x) - n))
 
     def one_step(x: Tensor, x_in: Tensor, y_in: Tensor, mask: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. y_in: the
@@ -179,15 +179,9 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     start = time.perf_counter()
     while step < config.steps:
-        # Batches, in which the first images are corrupted; their order is random
-        x = to_input(images[next(picks).to(device, non_blocking=True)], device, scale)
-        x_in, mask = corrupt(x, n_corrupted)
-        y_in = x[:0]
-        if comparator is not None:
-            y = to_input(own[next(own_picks).to(device, non_blocking=True)], device, scale)
-            y_in, own_mask = corrupt(y, n_corrupted // 2)
-            mask = torch.cat([mask[::2], own_mask])
-        update(x, x_in, y_in, mask)
+        x, x_in, mask = drawn(images, picks)
+        _, y_in, own_mask = drawn(own, own_picks)
+        update(x, x_in, y_in, torch.cat([mask[::2], own_mask]))
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
         # would be mostly the initial weights

@@ -22,8 +22,8 @@ PIXELS = images(14)
 def literal(config: Config, pixels: torch.Tensor):
     """Equations 1 to 4, the comparator's loss and all updates written out.
 
-    Only the networks, the corruption and the seeds of their numbers are shared. Returns the last
-    weights of D, and the running averages by network and name.
+    Only the networks, the corruption and the seeds of their numbers are shared. Returns D and the
+    running averages by name.
     """
     networks = build(config)
     rng = torch.Generator().manual_seed(config.seed)
@@ -32,19 +32,13 @@ def literal(config: Config, pixels: torch.Tensor):
         initialise(network, rng_c if name == "comparator" else rng)
         network.to(memory_format=torch.channels_last)  # the same kernels, the same rounding
     g, d, c = (networks.get(name) for name in ("generator", "discriminator", "comparator"))
-    averaged = {"generator": g, "comparator": c} if c else {"generator": g}
-    average = {
-        (network, name): value.clone()
-        for network in averaged
-        for name, value in averaged[network].state_dict().items()
-        if value.is_floating_point()
-    }
+    average = {n: copy.deepcopy(net).eval() for n, net in networks.items() if net is not d}
     adam = dict(lr=config.lr, betas=(config.beta1, 0.999), fused=True)
     opt_g, opt_d = (torch.optim.Adam(network.parameters(), **adam) for network in (g, d))
     n, n_own = config.n_corrupted, 0
     if c:
         opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
-        scored, n_own = copy.deepcopy(g).eval(), math.ceil(len(pixels) / 5)
+        n_own = math.ceil(len(pixels) / 5)
         pixels = pixels[torch.randperm(len(pixels), generator=rng_c)]
     own, pixels = pixels[:n_own], pixels[n_own:]
     corruption = Corruption(pixels, config.seed + 2**30, None)
@@ -82,22 +76,22 @@ def literal(config: Config, pixels: torch.Tensor):
         opt_g.step()
         opt_d.step()
         if c:
-            # Half of its images are its own, reconstructed by the running average in eval mode
-            before = {name: v for (network, name), v in average.items() if network == "generator"}
-            scored.load_state_dict({**g.state_dict(), **before})
+            # Half of its images are its own, reconstructed by the running average
             _, own_seen, own_truth = batch(own, config.batch_size // 2, own_order, rng_c, n // 2)
-            seen = torch.cat([seen[::2], own_seen])
-            truth = torch.cat([truth[::2], own_truth])
-            p = c(seen, torch.cat([x_hat[::2], scored(own_seen)[1]]).detach()).sigmoid()
+            own_hat = average["generator"](own_seen)[1]
+            seen, truth = torch.cat([seen[::2], own_seen]), torch.cat([truth[::2], own_truth])
+            p = c(seen, torch.cat([x_hat[::2], own_hat]).detach()).sigmoid()
             right = torch.where(truth == 1, p, 1 - p)  # the probability of the true answer
             weight = torch.where(truth == 1, 5.0, 1.0)
             opt_c.zero_grad()
             (-weight * (1 - right) ** 2 * right.log()).mean().backward()
             opt_c.step()
         decay = min(config.ema_decay, step / (step + 10))
-        for network, name in average:
-            latest = averaged[network].state_dict()[name]
-            average[network, name] = decay * average[network, name] + (1 - decay) * latest
+        for name in average:
+            latest = networks[name].state_dict().values()
+            for value, new in zip(average[name].state_dict().values(), latest):
+                if value.is_floating_point():
+                    value.copy_(decay * value + (1 - decay) * new)
     return d, average
 
 
@@ -110,9 +104,10 @@ def test_training_is_the_algorithm_written_out(ema_decay, changes):
     config = SMALL.replace(ema_decay=ema_decay, **changes)
     trained = train(config, PIXELS, CPU, Memory())
     d, average = literal(config, PIXELS)
-    pairs = [(trained.networks[network].state_dict()[name], value)
-             for (network, name), value in average.items()]  # fmt: skip
-    pairs += [*zip(trained.networks["discriminator"].parameters(), d.parameters())]
+    pairs = [*zip(d.parameters(), trained.networks["discriminator"].parameters())]
+    for name, network in average.items():
+        values = trained.networks[name].state_dict().values()
+        pairs += zip(network.state_dict().values(), values, strict=True)
     difference = torch.cat([(a - b).abs().flatten() for a, b in pairs])
     # A step moves a weight by about lr; only rounding may differ
     assert difference.mean() < 0.002 * config.lr
