@@ -26,7 +26,6 @@ from ganomaly.networks import build, initialise
 LOG_EVERY = 50  # steps between log records; then, and at checkpoints, the host waits
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}  # None: no autocast
 LR_COMPARATOR = 1e-3  # with Adam's default betas, as the comparator has no adversary
-COMPARATOR_SHARE = 0.2  # of the images, on which only the comparator is trained
 
 
 @dataclass
@@ -71,12 +70,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
-    # The generator reconstructs new images worse than its training images. So that the comparator
-    # sees such errors, half of its images are kept from the generator
-    n_own = own_size = 0  # the comparator's images, and how many of them it takes a step
-    if comparator is not None:
-        n_own, own_size = math.ceil(COMPARATOR_SHARE * len(images)), config.batch_size // 2
+    # The generator reconstructs new images worse than its training images. The comparator sees such
+    # errors if half of its batch comes from images of its own, which the generator never sees
+    n_own = own_size = 0
+    if comparator is not None and config.comparator_share:
+        n_own, own_size = math.ceil(config.comparator_share * len(images)), config.batch_size // 2
         images = images[torch.randperm(len(images), generator=rng_c)]
+    stride = 2 if n_own else 1
     own, images = images[:n_own].to(device), images[n_own:].to(device)
     picks = batches(len(images), config.batch_size, rng)
     own_picks = batches(n_own, own_size, rng_c)
@@ -121,8 +121,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     def one_step(x: Tensor, x_in: Tensor, y_in: Tensor, mask: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. y_in: the
-        # comparator's own. mask: where x_in[::2] and y_in are corrupted. A CUDA graph may record
-        # this function: no random numbers, no .item(), tensors change in place.
+        # comparator's own. mask: where x_in[::stride] and y_in are corrupted. A CUDA graph may
+        # record this function: no random numbers, no .item(), tensors change in place.
         # One forward pass serves both updates, so each uses the other's weights as they were before
         # the step, as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -155,8 +155,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 with torch.no_grad():  # as in scoring
                     y_hat = average.decoder(average.encoder1(y_in))
-                seen = torch.cat([x_in[::2], y_in]), torch.cat([x_hat[::2].detach(), y_hat])
-                logits = comparator(*seen)
+                hats = torch.cat([x_hat[::stride].detach(), y_hat])
+                logits = comparator(torch.cat([x_in[::stride], y_in]), hats)
             loss_c = losses.comparator(logits, mask)
             optimizer_c.zero_grad()
             scaler.scale(loss_c).backward()
@@ -181,7 +181,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     while step < config.steps:
         x, x_in, mask = drawn(images, picks)
         _, y_in, own_mask = drawn(own, own_picks)
-        update(x, x_in, y_in, torch.cat([mask[::2], own_mask]))
+        update(x, x_in, y_in, torch.cat([mask[::stride], own_mask]))
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
         # would be mostly the initial weights

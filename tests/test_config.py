@@ -25,8 +25,7 @@ def test_the_paper_recipe_is_the_defaults_and_no_recipe_fixes_the_precision():
 
 
 def test_every_committed_recipe_and_run_config_is_complete_and_loads():
-    found = [path for path in committed("experiments") if path.name == "config.json"]
-    assert found
+    assert (found := [path for path in committed("experiments") if path.name == "config.json"])
     paper = json.loads((ROOT / "experiments/paper/config.json").read_text())
     for path in found:
         # Every knob that there was; one that came later has its default there

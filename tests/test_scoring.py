@@ -119,8 +119,7 @@ def test_networks_that_diverged_have_no_scores(detector):
 
 
 def outputs(x: torch.Tensor, x_hat: torch.Tensor, logits=None) -> scoring.Outputs:
-    nothing = torch.zeros(len(x), 1)
-    return scoring.Outputs(x, x_hat, nothing, nothing, nothing, nothing, logits)
+    return scoring.Outputs(x, x_hat, *[torch.zeros(len(x), 1)] * 4, logits)
 
 
 def smooth(n, seed=0):

@@ -105,10 +105,10 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     expected = results("base", base)
     for name, value in {**CHANGES, "channels": 1}.items():
         more = {"category": "3", "dataset": "digits"} if name == "dataset" else {name: value}
-        start = expected
-        if name == "comparator_width":
-            more, start = {**more, "corrupted": 0.5}, results("c", base.replace(corrupted=0.5))
-        assert results(name, base.replace(**more)) != start, f"{name} changes nothing"
+        needs = dict(corrupted=0.5) if name.startswith("comparator") else {}
+        needs |= dict(comparator_width=3) if name == "comparator_share" else {}
+        start = results(f"before {name}", base.replace(**needs)) if needs else expected
+        assert results(name, base.replace(**needs, **more)) != start, f"{name} changes nothing"
     assert results("again", base) == expected  # so that the differences above mean something
 
 

@@ -15,7 +15,8 @@ from ganomaly.training import AMP, resolve_amp, train
 from .conftest import CPU, TINY, Memory, images, same, weights
 
 SMALL = Config(**TINY, checkpoint_every=3)
-FULL = SMALL.replace(corrupted=0.5, comparator_width=4, normalise="exposure")
+OURS, OWN = dict(corrupted=0.5, comparator_width=4), dict(comparator_share=0.2)
+FULL = SMALL.replace(**OURS, **OWN, normalise="exposure")
 PIXELS = images(14)
 
 
@@ -38,8 +39,8 @@ def literal(config: Config, pixels: torch.Tensor):
     n, n_own = config.n_corrupted, 0
     if c:
         opt_c = torch.optim.Adam(c.parameters(), lr=1e-3, fused=True)
-        n_own = math.ceil(len(pixels) / 5)
-        pixels = pixels[torch.randperm(len(pixels), generator=rng_c)]
+        n_own = math.ceil(config.comparator_share * len(pixels))
+        pixels = pixels[torch.randperm(len(pixels), generator=rng_c)] if n_own else pixels
     own, pixels = pixels[:n_own], pixels[n_own:]
     corruption = Corruption(pixels, config.seed + 2**30, None)
 
@@ -76,11 +77,11 @@ def literal(config: Config, pixels: torch.Tensor):
         opt_g.step()
         opt_d.step()
         if c:
-            # Half of its images are its own, reconstructed by the running average
-            _, own_seen, own_truth = batch(own, config.batch_size // 2, own_order, rng_c, n // 2)
-            own_hat = average["generator"](own_seen)[1]
-            seen, truth = torch.cat([seen[::2], own_seen]), torch.cat([truth[::2], own_truth])
-            p = c(seen, torch.cat([x_hat[::2], own_hat]).detach()).sigmoid()
+            if n_own:  # half of its images, reconstructed by the running average
+                _, mine, where = batch(own, config.batch_size // 2, own_order, rng_c, n // 2)
+                x_hat = torch.cat([x_hat[::2], average["generator"](mine)[1]])
+                seen, truth = torch.cat([seen[::2], mine]), torch.cat([truth[::2], where])
+            p = c(seen, x_hat.detach()).sigmoid()
             right = torch.where(truth == 1, p, 1 - p)  # the probability of the true answer
             weight = torch.where(truth == 1, 5.0, 1.0)
             opt_c.zero_grad()
@@ -96,9 +97,7 @@ def literal(config: Config, pixels: torch.Tensor):
 
 
 @pytest.mark.parametrize("ema_decay", (0.2, 0.9))
-@pytest.mark.parametrize(
-    "changes", ({}, dict(batch_size=33), dict(corrupted=0.5, comparator_width=4)), ids=str
-)
+@pytest.mark.parametrize("changes", ({}, dict(batch_size=33), OURS, OURS | OWN), ids=str)
 def test_training_is_the_algorithm_written_out(ema_decay, changes):
     # 14 images: a batch of 33 takes the last of one pass, a whole one, and the first of the next
     config = SMALL.replace(ema_decay=ema_decay, **changes)
