@@ -47,9 +47,9 @@ def main(argv=None) -> int:
     run = pipeline.run_of(first, folder, setting)  # refuses at once a folder of another recipe
     if args.dry_run:
         print(run.config.replace(category=None).to_json() + "would:")
-        return pipeline.plan_all(jobs, setting)
-
-    finished, failed = pipeline.run_all(jobs, setting)
+        finished, failed = {}, pipeline.plan_all(jobs, setting)
+    else:
+        finished, failed = pipeline.run_all(jobs, setting)
     for name in missing:
         print(f"skipped {name}: {missing[name]}", file=sys.stderr)
     # Of a launcher's processes one prints the table; none gets here before all is done

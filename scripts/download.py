@@ -59,7 +59,8 @@ def main(argv=None) -> None:
         print(f"{archive}: it is checked and unpacked, which takes minutes", file=sys.stderr)
         size = archive.stat().st_size
         if size != SIZE or hashlib.sha256(np.memmap(archive, mode="r")).hexdigest() != SHA256:
-            raise UserError(f"{archive}: its sha256 is not {SHA256}, that of MVTec AD; remove it")
+            advice = "name another file" if local else "remove it"
+            raise UserError(f"{archive}: its sha256 is not {SHA256}, that of MVTec AD; {advice}")
         unpack(archive, missing)
         if not local:
             archive.unlink()

@@ -22,8 +22,9 @@ def test_missing_categories_are_listed_before_any_work(script, fifteen, tmp_path
     words.append("cable")
     assert "(wood, cable)" in refusal(script("benchmark", *words))
     assert not (tmp_path / "out").exists()
-    code, out, err = script("benchmark", *words, "--skip-missing")
-    assert code == 1 and "skipped wood" in err and "tile seed 42: AUROC" in out
+    for more, done in (["--dry-run"], "tile/seed42: train"), ([], "tile seed 42: AUROC"):
+        code, out, err = script("benchmark", *words, "--skip-missing", *more)
+        assert code == 1 and "skipped wood" in err and done in out
 
 
 @pytest.mark.slow

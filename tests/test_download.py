@@ -94,7 +94,7 @@ def test_a_wrong_mirror_is_refused(download, server, tmp_path):
     assert "not MVTec AD's archive" in download(server.url, code=2)
     assert not names(tmp_path / "root")
     server.content = ARCHIVE[:-1] + b"?"
-    assert "its sha256 is not" in download(server.url, code=2)
+    assert "of MVTec AD; remove it" in download(server.url, code=2)
 
 
 def test_after_a_killed_unpacking_nothing_is_fetched(download, server, tmp_path, monkeypatch):
@@ -114,6 +114,8 @@ def test_after_a_killed_unpacking_nothing_is_fetched(download, server, tmp_path,
 def test_a_local_file_is_kept_and_adds_what_is_missing(download, tmp_path):
     root, archive = tmp_path / "root", tmp_path / "mine.tar.xz"
     assert "no such file" in download(archive, code=2)
+    archive.write_bytes(b"?")
+    assert "its sha256 is not" in (text := download(archive, code=2)) and "name another" in text
     archive.write_bytes(ARCHIVE)
     (root / "bottle/train/good").mkdir(parents=True)
     (root / "cable").mkdir()
