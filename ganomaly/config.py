@@ -66,7 +66,7 @@ class Config:
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
     comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
     comparator_share: float = knob(
-        0.0, "share of the training images that the generator is not trained on", low=0, high=0.5
+        0.0, "share of the training images that only the comparator learns from", low=0, high=0.5
     )
     corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
     batch_size: int = knob(16, "images per step", low=1, high=65_536)

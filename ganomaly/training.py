@@ -111,7 +111,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     average = averages["generator"].eval()
 
     def drawn(pixels: Tensor, picks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        # A batch; the same with its first images corrupted; masks (B, S, S). Its order is random
+        # A batch in random order; the same with its first images corrupted; masks (B, S, S)
         x = to_input(pixels[next(picks).to(device, non_blocking=True)], device, scale)
         n = int(config.corrupted * len(x))
         if not n:
@@ -153,10 +153,12 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                with torch.no_grad():  # as in scoring
-                    y_hat = average.decoder(average.encoder1(y_in))
-                hats = torch.cat([x_hat[::stride].detach(), y_hat])
-                logits = comparator(torch.cat([x_in[::stride], y_in]), hats)
+                seen, hats = x_in[::stride], x_hat[::stride].detach()
+                if n_own:
+                    with torch.no_grad():  # as in scoring
+                        y_hat = average.decoder(average.encoder1(y_in))
+                    seen, hats = torch.cat([seen, y_in]), torch.cat([hats, y_hat])
+                logits = comparator(seen, hats)
             loss_c = losses.comparator(logits, mask)
             optimizer_c.zero_grad()
             scaler.scale(loss_c).backward()
