@@ -72,14 +72,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scale = fitted_scale(images) if config.normalise == "exposure" else None
     # The generator reconstructs new images worse than its training images. The comparator sees such
     # errors if half of its batch comes from images of its own, which the generator never sees
-    n_own = own_size = 0
+    n_own = 0
     if comparator is not None and config.comparator_share:
-        n_own, own_size = math.ceil(config.comparator_share * len(images)), config.batch_size // 2
+        n_own = math.ceil(config.comparator_share * len(images))
         images = images[torch.randperm(len(images), generator=rng_c)]
-    stride = 2 if n_own else 1
     own, images = images[:n_own].to(device), images[n_own:].to(device)
     picks = batches(len(images), config.batch_size, rng)
-    own_picks = batches(n_own, own_size, rng_c)
+    own_picks = batches(n_own, config.batch_size // 2, rng_c)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     stateful["scaler"] = scaler
     corruption, rngs, n_corrupted = None, [], config.n_corrupted
@@ -105,15 +104,16 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             sums[name].copy_(value)
         step, seconds = state["step"], state["seconds"]
         for _ in range(step):  # the draws of the batches before
-            next(picks), next(own_picks)
+            next(picks)
+            if n_own:
+                next(own_picks)
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)
     average = averages["generator"].eval()
 
-    def drawn(pixels: Tensor, picks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        # A batch in random order; the same with its first images corrupted; masks (B, S, S)
+    def drawn(pixels: Tensor, picks: Iterator[Tensor], n: int) -> tuple[Tensor, Tensor, Tensor]:
+        # A batch in random order; the same with its first n images corrupted; masks (B, S, S)
         x = to_input(pixels[next(picks).to(device, non_blocking=True)], device, scale)
-        n = int(config.corrupted * len(x))
         if not n:
             return x, x, torch.zeros_like(x[:, 0])
         corrupted, mask = corruption(x[:n])
@@ -121,8 +121,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     def one_step(x: Tensor, x_in: Tensor, y_in: Tensor, mask: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. y_in: the
-        # comparator's own. mask: where x_in[::stride] and y_in are corrupted. A CUDA graph may
-        # record this function: no random numbers, no .item(), tensors change in place.
+        # comparator's own. mask: where what it sees is corrupted. A CUDA graph may record this
+        # function: no random numbers, no .item(), tensors change in place.
         # One forward pass serves both updates, so each uses the other's weights as they were before
         # the step, as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -153,11 +153,11 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                seen, hats = x_in[::stride], x_hat[::stride].detach()
-                if n_own:
+                seen, hats = x_in, x_hat.detach()
+                if n_own:  # half of both
                     with torch.no_grad():  # as in scoring
                         y_hat = average.decoder(average.encoder1(y_in))
-                    seen, hats = torch.cat([seen, y_in]), torch.cat([hats, y_hat])
+                    seen, hats = torch.cat([x_in[::2], y_in]), torch.cat([hats[::2], y_hat])
                 logits = comparator(seen, hats)
             loss_c = losses.comparator(logits, mask)
             optimizer_c.zero_grad()
@@ -181,9 +181,12 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     start = time.perf_counter()
     while step < config.steps:
-        x, x_in, mask = drawn(images, picks)
-        _, y_in, own_mask = drawn(own, own_picks)
-        update(x, x_in, y_in, torch.cat([mask[::stride], own_mask]))
+        x, x_in, mask = drawn(images, picks, n_corrupted)
+        y_in = x[:0]
+        if n_own:
+            _, y_in, own_mask = drawn(own, own_picks, n_corrupted // 2)
+            mask = torch.cat([mask[::2], own_mask])
+        update(x, x_in, y_in, mask)
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
         # would be mostly the initial weights
