@@ -25,7 +25,7 @@ from ganomaly.errors import guard
 
 # The smallest run that still passes every stage
 TINY = dict(image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, amp="fp32")
-# Another value for every Config field; test_train shows that each changes a run
+# Another value for every Config field; test_config shows that each changes a run
 CHANGES = {
     "dataset": "mnist", "category": "7", "image_size": 128, "channels": 3, "normalise": "exposure",
     "width": 5, "latent_dim": 9, "extra_layers": 1, "comparator_width": 3, "comparator_share": 0.4,

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ganomaly.config import load_config
+from ganomaly.runs import pipeline
 
 from .conftest import ROOT, TINY, TINY_FLAGS, benchmark_words, folder_of, load_script
 from .outputs import printed, read_csv, read_json, refusal, results_of
@@ -40,6 +42,20 @@ def test_two_benchmarks_share_the_work_and_the_table(script, fifteen, tmp_path):
     assert sum(out.count("(done before)") for out, _ in answers) == 4
     serial, shared = (results_of(tmp_path / name / "all") for name in ("serial", "both"))
     assert serial == shared and len(serial) == 6
+
+
+def test_a_lost_gpu_ends_the_process_and_is_no_failed_run(script, parts, tmp_path, monkeypatch):
+    asked = []
+
+    def lost(config, *_):
+        asked.append(config.seed)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipeline, "train", lost)
+    words = benchmark_words(parts, tmp_path, "--dataset=folder", "--seeds", "1", "2")
+    with pytest.raises(torch.AcceleratorError):
+        script("benchmark", *words)
+    assert asked == [1]
 
 
 def ablation_words(parts, tmp_path, *more):

@@ -1,13 +1,19 @@
 import json
+import shutil
 
 import pytest
+import torch
+from tqdm import tqdm
 
 from ganomaly import config as configuration
 from ganomaly.cli import Parser, given_values
 from ganomaly.config import DATASET_DEFAULTS, FIELDS, Config, from_json, load_config, resolve
 from ganomaly.errors import UserError
+from ganomaly.runs import pipeline
+from ganomaly.runs.run import Recorder, Run
 
-from .conftest import CHANGES, ROOT, committed
+from .conftest import CHANGES, CPU, ROOT, TINY, committed, draw_category
+from .outputs import numbers
 
 
 def parsed(*words: str) -> Config:
@@ -65,6 +71,36 @@ def test_every_field_is_a_flag():
         assert type(changed) is type(field.default) or name == "category"
 
 
+def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
+    assert CHANGES.keys() == FIELDS.keys()
+    shutil.copytree(parts / "parts", tmp_path / "images" / "parts")
+    draw_category(tmp_path / "images" / "7", seed=1)
+    base = Config(dataset="folder", category="parts", **TINY)
+    saved, threads = [], []
+    real = Recorder.save
+    monkeypatch.setattr(Recorder, "save", lambda *a: saved.append(a[1]["step"]) or real(*a))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def results(name, config):
+        saved.clear()
+        threads.clear()
+        setting = pipeline.Setting(tmp_path / "images", CPU)
+        pipeline.run_one(config, tmp_path / name, setting, tqdm(disable=True))
+        metrics, scores = numbers(Run(tmp_path / name, config.category, config).folder)
+        for echoed in ("category", "dataset", "seed", "score"):
+            del metrics[echoed]
+        return metrics, scores, list(saved), list(threads)
+
+    expected = results("base", base)
+    for name, value in {**CHANGES, "channels": 1}.items():
+        more = {"category": "3", "dataset": "digits"} if name == "dataset" else {name: value}
+        needs = dict(corrupted=0.5) if name.startswith("comparator") else {}
+        needs |= dict(comparator_width=3) if name == "comparator_share" else {}
+        start = results(f"before {name}", base.replace(**needs)) if needs else expected
+        assert results(name, base.replace(**needs, **more)) != start, f"{name} changes nothing"
+    assert results("again", base) == expected  # so that the differences above mean something
+
+
 REFUSED = [  # for each kind of limit and of type a value beyond it
     ("steps", 0, "at least 1"),
     ("steps", True, "whole number"),
@@ -96,10 +132,9 @@ def test_an_impossible_value_names_key_value_and_what_is_allowed(name, value, al
 
 def test_images_in_folders_are_one_kind_whichever_name_the_data_set_has():
     ours, theirs = (Config(dataset=name, category="bottle") for name in ("mvtec", "folder"))
-    assert configuration.differences(ours, theirs) == []
-    assert configuration.differences(ours, theirs.replace(dataset="mnist")) == [
-        "dataset (mnist there, mvtec asked)"
-    ]
+    mnist, differences = theirs.replace(dataset="mnist"), configuration.differences
+    assert differences(ours, theirs) == []
+    assert differences(ours, mnist) == ["dataset (mnist there, mvtec asked)"]
 
 
 def test_what_is_no_config_is_named_and_an_unknown_key_with_the_nearest():

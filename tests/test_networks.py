@@ -65,9 +65,7 @@ def test_known_sizes_of_the_paper_networks():
     assert parameters(Discriminator(Config())) == pyramid + 16 * 512
     # The decoder has BatchNorm at its 64 channels too
     assert parameters(generator) == 3 * encoder + 2 * 64
-
-
-def test_channels_double_up_to_256_pixels_and_no_further():
+    # Channels double up to 256 pixels and no further
     assert channel_plan(32, 3) == [3, 6, 12]
     assert channel_plan(256, 3) == [3, 6, 12, 24, 48, 96]
     assert channel_plan(1024, 3) == [3, 6, 12, 24, 48, 96, 96, 96]
