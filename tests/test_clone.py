@@ -56,8 +56,8 @@ def clone(fifteen, tmp_path) -> Path:
 
 def make(clone: Path, words: list[str], timeout=300) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["make", f"PYTHON={sys.executable}", *words], cwd=clone, capture_output=True, text=True,
-        timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ["make", "--no-print-directory", f"PYTHON={sys.executable}", *words], cwd=clone, text=True,
+        capture_output=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
