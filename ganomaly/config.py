@@ -65,8 +65,8 @@ class Config:
     latent_dim: int = knob(100, "length of z and z_hat", low=1, high=65_536)
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
     comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
-    comparator_share: float = knob(
-        0.0, "share of the training images that only the comparator learns from", low=0, high=0.5
+    comparator_noise: float = knob(
+        0.0, "noise on the codes of its reconstructions, in standard deviations", low=0, high=10
     )
     corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
     batch_size: int = knob(16, "images per step", low=1, high=65_536)

@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,21 +70,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     scale = fitted_scale(images) if config.normalise == "exposure" else None
-    # The generator reconstructs new images worse than its training images. The comparator sees such
-    # errors if half of its batch comes from images of its own, which the generator never sees
-    n_own = 0
-    if comparator is not None and config.comparator_share:
-        n_own = math.ceil(config.comparator_share * len(images))
-        images = images[torch.randperm(len(images), generator=rng_c)]
-    own, images = images[:n_own].to(device), images[n_own:].to(device)
-    picks = batches(len(images), config.batch_size, rng)
-    own_picks = batches(n_own, config.batch_size // 2, rng_c)
+    images, picks = images.to(device), batches(len(images), config.batch_size, rng)
     stateful = {**learning, **{f"average_{name}": average for name, average in averages.items()}}
     stateful["scaler"] = scaler
-    corruption, rngs, n_corrupted = None, [], config.n_corrupted
+    corruption, rngs, n_corrupted = None, [rng_c], config.n_corrupted
     if n_corrupted:
         corruption = Corruption(images, config.seed ^ (1 << 30), scale)
-        rngs = [corruption.host, corruption.rng]
+        rngs += [corruption.host, corruption.rng]
     sums = defaultdict(lambda: torch.zeros((), device=device))  # losses since the record before
     step, seconds = 0, 0.0
 
@@ -105,23 +97,13 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         step, seconds = state["step"], state["seconds"]
         for _ in range(step):  # the draws of the batches before
             next(picks)
-            if n_own:
-                next(own_picks)
     averaged = float_tensors(averages.values())
     latest = float_tensors(networks[name] for name in averages)
     average = averages["generator"].eval()
 
-    def drawn(pixels: Tensor, picks: Iterator[Tensor], n: int) -> tuple[Tensor, Tensor, Tensor]:
-        # A batch in random order; the same with its first n images corrupted; masks (B, S, S)
-        x = to_input(pixels[next(picks).to(device, non_blocking=True)], device, scale)
-        if not n:
-            return x, x, torch.zeros_like(x[:, 0])
-        corrupted, mask = corruption(x[:n])
-        return x, torch.cat([corrupted, x[n:]]), F.pad(mask, (0, 0, 0, 0, 0, len(x) - n))
-
-    def one_step(x: Tensor, x_in: Tensor, y_in: Tensor, mask: Tensor) -> None:
-        # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. y_in: the
-        # comparator's own. mask: where what it sees is corrupted. A CUDA graph may record this
+    def one_step(x: Tensor, x_in: Tensor, mask: Tensor, noise: Tensor) -> None:
+        # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. mask:
+        # where. noise (B, latent_dim): of the comparator's codes. A CUDA graph may record this
         # function: no random numbers, no .item(), tensors change in place.
         # One forward pass serves both updates, so each uses the other's weights as they were before
         # the step, as in the released code. BatchNorm statistics are updated once a step
@@ -149,16 +131,18 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         scaler.step(optimizer_d)
         scaler.step(optimizer_g)
 
-        # Comparator's step: where are images corrupted? Its gradient does not reach the generator
+        # Comparator's step: where are images corrupted? Its gradient does not reach the generator.
+        # New images are reconstructed worse than training images. So are training images from a
+        # noisy code
         loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                seen, hats = x_in, x_hat.detach()
-                if n_own:  # half of both
-                    with torch.no_grad():  # as in scoring
-                        y_hat = average.decoder(average.encoder1(y_in))
-                    seen, hats = torch.cat([x_in[::2], y_in]), torch.cat([hats[::2], y_hat])
-                logits = comparator(seen, hats)
+                y_hat = x_hat.detach()
+                if config.comparator_noise:
+                    with torch.no_grad():  # by the running average, as in scoring
+                        code = average.encoder1(x_in)
+                        y_hat = average.decoder(code + noise * code.std(0))
+                logits = comparator(x_in, y_hat)
             loss_c = losses.comparator(logits, mask)
             optimizer_c.zero_grad()
             scaler.scale(loss_c).backward()
@@ -181,12 +165,15 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     start = time.perf_counter()
     while step < config.steps:
-        x, x_in, mask = drawn(images, picks, n_corrupted)
-        y_in = x[:0]
-        if n_own:
-            _, y_in, own_mask = drawn(own, own_picks, n_corrupted // 2)
-            mask = torch.cat([mask[::2], own_mask])
-        update(x, x_in, y_in, mask)
+        x = to_input(images[next(picks).to(device, non_blocking=True)], device, scale)
+        x_in, mask = x, torch.zeros_like(x[:, 0])
+        if n_corrupted:
+            corrupted, mask = corruption(x[:n_corrupted])
+            x_in = torch.cat([corrupted, x[n_corrupted:]])
+            mask = F.pad(mask, (0, 0, 0, 0, 0, len(x) - n_corrupted))
+        strength = 2 * config.comparator_noise * torch.rand(len(x), 1, generator=rng_c)
+        noise = strength * torch.randn(len(x), config.latent_dim, generator=rng_c)
+        update(x, x_in, mask, noise.to(device, non_blocking=True))
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
         # would be mostly the initial weights

@@ -28,7 +28,7 @@ TINY = dict(image_size=32, width=4, latent_dim=8, batch_size=4, steps=6, amp="fp
 # Another value for every Config field; test_config shows that each changes a run
 CHANGES = {
     "dataset": "mnist", "category": "7", "image_size": 128, "channels": 3, "normalise": "exposure",
-    "width": 5, "latent_dim": 9, "extra_layers": 1, "comparator_width": 3, "comparator_share": 0.4,
+    "width": 5, "latent_dim": 9, "extra_layers": 1, "comparator_width": 3, "comparator_noise": 0.4,
     "corrupted": 0.5, "batch_size": 5, "steps": 7, "lr": 1e-3, "beta1": 0.8,
     "ema_decay": 0.1, "w_adv": 30.0, "w_con": 5.0, "w_enc": 30.0, "amp": "bf16",
     "score": "feature", "tta": True, "quantile": 0.5, "calibration_fraction": 0.5,

@@ -95,7 +95,7 @@ def test_every_config_field_has_an_effect(parts, tmp_path, monkeypatch):
     for name, value in {**CHANGES, "channels": 1}.items():
         more = {"category": "3", "dataset": "digits"} if name == "dataset" else {name: value}
         needs = dict(corrupted=0.5) if name.startswith("comparator") else {}
-        needs |= dict(comparator_width=3) if name == "comparator_share" else {}
+        needs |= dict(comparator_width=3) if name == "comparator_noise" else {}
         start = results(f"before {name}", base.replace(**needs)) if needs else expected
         assert results(name, base.replace(**needs, **more)) != start, f"{name} changes nothing"
     assert results("again", base) == expected  # so that the differences above mean something

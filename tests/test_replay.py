@@ -15,7 +15,7 @@ from .conftest import CPU, TINY, Memory, images, same, weights
 PIXELS = images(14)
 LONG = Config(**{**TINY, "steps": 12, "checkpoint_every": 7})
 FULL = LONG.replace(corrupted=0.5, comparator_width=4, normalise="exposure", amp="bf16")
-FULL = FULL.replace(comparator_share=0.2)
+FULL = FULL.replace(comparator_noise=0.6)
 # Kernels that make the host wait for the device
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
 
