@@ -66,7 +66,7 @@ class Config:
     extra_layers: int = knob(0, "3x3 convolutions after the first block", low=0, high=16)
     comparator_width: int = knob(0, "the comparator's width; 0: no comparator", low=0, high=1024)
     comparator_noise: float = knob(
-        0.0, "noise on the codes of its reconstructions, in standard deviations", low=0, high=10
+        0.0, "noise on the codes that it learns from, in their standard deviations", low=0, high=10
     )
     corrupted: float = knob(0.0, "share of each batch to corrupt and restore", low=0, below=1)
     batch_size: int = knob(16, "images per step", low=1, high=65_536)

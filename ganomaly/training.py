@@ -103,8 +103,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
 
     def one_step(x: Tensor, x_in: Tensor, mask: Tensor, noise: Tensor) -> None:
         # x: clean images. x_in: the same images, the first n_corrupted of them corrupted. mask:
-        # where. noise (B, latent_dim): of the comparator's codes. A CUDA graph may record this
-        # function: no random numbers, no .item(), tensors change in place.
+        # where. noise (B, latent_dim), in standard deviations: for the comparator. A CUDA graph may
+        # record this function: no random numbers, no .item(), tensors change in place.
         # One forward pass serves both updates, so each uses the other's weights as they were before
         # the step, as in the released code. BatchNorm statistics are updated once a step
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -132,8 +132,8 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
         scaler.step(optimizer_g)
 
         # Comparator's step: where are images corrupted? Its gradient does not reach the generator.
-        # New images are reconstructed worse than training images. So are training images from a
-        # noisy code
+        # New images are reconstructed worse than training images. Noise on the code of a training
+        # image has the same effect
         loss_c = torch.zeros_like(loss_d)
         if comparator is not None:
             with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -171,6 +171,7 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             corrupted, mask = corruption(x[:n_corrupted])
             x_in = torch.cat([corrupted, x[n_corrupted:]])
             mask = F.pad(mask, (0, 0, 0, 0, 0, len(x) - n_corrupted))
+        # The strength differs from image to image. Its mean is comparator_noise
         strength = 2 * config.comparator_noise * torch.rand(len(x), 1, generator=rng_c)
         noise = strength * torch.randn(len(x), config.latent_dim, generator=rng_c)
         update(x, x_in, mask, noise.to(device, non_blocking=True))
