@@ -171,9 +171,11 @@ def train(config: Config, images: Tensor, device: torch.device, recorder) -> Tra
             corrupted, mask = corruption(x[:n_corrupted])
             x_in = torch.cat([corrupted, x[n_corrupted:]])
             mask = F.pad(mask, (0, 0, 0, 0, 0, len(x) - n_corrupted))
-        # The strength differs from image to image. Its mean is comparator_noise
-        strength = 2 * config.comparator_noise * torch.rand(len(x), 1, generator=rng_c)
-        noise = strength * torch.randn(len(x), config.latent_dim, generator=rng_c)
+        noise = x[:0]
+        if config.comparator_noise:
+            # The strength differs from image to image. Its mean is comparator_noise
+            strength = 2 * config.comparator_noise * torch.rand(len(x), 1, generator=rng_c)
+            noise = strength * torch.randn(len(x), config.latent_dim, generator=rng_c)
         update(x, x_in, mask, noise.to(device, non_blocking=True))
 
         # Running average. Its decay starts small. With a constant decay, the average of a short run
